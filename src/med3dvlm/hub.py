@@ -1,0 +1,143 @@
+"""Names to models: the bundled demo, local folders, and names on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from med3dvlm.models import (
+    DualEncoderConfig,
+    Med3DVLM,
+    Med3DVLMConfig,
+    Med3DVLMProcessor,
+    VolumeTextDualEncoder,
+)
+from med3dvlm.models.published import (
+    CheckpointError,
+    _fill,
+    is_published,
+    load_published,
+    read_config,
+    read_weights,
+)
+
+BUNDLED = ("demo",)
+PARTS = {"language": "language_model", "search": "dual_encoder"}
+
+
+class ModelNotFoundError(CheckpointError):
+    """No model of that name, in one sentence with what could be meant."""
+
+
+def load(
+    name_or_folder: str | Path,
+    *,
+    part: str | None = None,
+    device: str | torch.device = "auto",
+) -> Med3DVLM | VolumeTextDualEncoder:
+    """Load a model with its processor, ready for inference.
+
+    Args:
+        name_or_folder: "demo", a checkpoint folder (own or published layout), or a name on the
+            hub such as "MagicXin/Med3DVLM-Qwen-2.5-7B", taken from the local cache where it is
+            there and downloaded only where a network is.
+        part: "language" or "search", for a folder that holds both a language model and a dual
+            encoder; the language model where not given.
+        device: "auto" takes a GPU where there is one.
+
+    Raises:
+        CheckpointError: one sentence on what is missing or wrong.
+    """
+    folder = _choose_part(resolve(name_or_folder), part)
+    config = read_config(folder)
+    model = load_published(folder) if is_published(config) else _load_own(folder, config)
+    model.label = str(name_or_folder)
+    wanted = {"language": Med3DVLM, "search": VolumeTextDualEncoder}.get(part or "")
+    if wanted is not None and not isinstance(model, wanted):
+        raise CheckpointError(
+            f"model {str(name_or_folder)!r} is a {type(model).__name__}; this needs a "
+            f"{wanted.__name__}: give another model."
+        )
+    return _place(model, device)
+
+
+def resolve(name_or_folder: str | Path) -> Path:
+    """The folder behind a name.
+
+    Raises:
+        ModelNotFoundError: if there is none.
+    """
+    name = str(name_or_folder)
+    if name in BUNDLED:
+        return Path(str(files("med3dvlm") / "assets" / name))
+    path = Path(name)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ModelNotFoundError(
+            f"model {name!r} is neither a folder here nor a known name: use "
+            f"{', '.join(BUNDLED)}, a checkpoint folder, or a hub name such as owner/model."
+        )
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.bin"]
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not in the cache: ask the hub
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=3))
+    except Exception as error:  # the hub's client raises many kinds; each means: not to be had
+        reason = str(error).split("\n", 1)[0][:160]
+        raise ModelNotFoundError(
+            f"model {name!r} is not in the local cache and could not be downloaded ({reason}): "
+            "download it where a network is and give its folder."
+        ) from error
+
+
+def _choose_part(folder: Path, part: str | None) -> Path:
+    """A folder may hold a language model and a dual encoder side by side, as the demo does."""
+    if part is not None and part not in PARTS:
+        raise ValueError(f"part {part!r} is unknown: use {' or '.join(PARTS)}.")
+    if (folder / "config.json").is_file():
+        return folder
+    inside = folder / PARTS[part or "language"]
+    return inside if inside.is_dir() else folder
+
+
+def _load_own(folder: Path, config: dict[str, Any]) -> Med3DVLM | VolumeTextDualEncoder:
+    kinds = {
+        Med3DVLMConfig.model_type: (Med3DVLMConfig, Med3DVLM),
+        DualEncoderConfig.model_type: (DualEncoderConfig, VolumeTextDualEncoder),
+    }
+    model_type = config.get("model_type")
+    if model_type not in kinds:
+        raise CheckpointError(
+            f"{folder}: model_type {model_type!r} is not one of this project's or of the published "
+            f"checkpoints: {', '.join(kinds)}, dec_clip and vlm_qwen are."
+        )
+    config_class, model_class = kinds[model_type]
+    try:
+        model = _fill(model_class, config_class.from_dict(config), read_weights(folder), [])
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    model.processor = Med3DVLMProcessor.from_folder(folder)
+    return model
+
+
+def _place(model: Any, device: str | torch.device) -> Any:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    if model.device.type == "cpu" and model.dtype == torch.float16:
+        model.float()  # half precision saves space on disk; a CPU computes it slowly
+    return model.eval()

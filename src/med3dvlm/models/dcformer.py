@@ -1,0 +1,322 @@
+"""DCFormer: a 3D encoder of decomposed convolutions (arXiv 2502.05091).
+
+Read from top to bottom: the configuration and its six variants, the decomposed convolution, the
+stem, the block, the encoder. Shapes use B batch, C channels, D H W depth, height, width, and
+N tokens. Everything here keeps the axes as (B, C, D, H, W), the order of a prepared volume.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+# Blocks and channels of stages 0-4; the stem is the one "block" of stage 0.
+VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "nano": ((1, 1, 1, 1, 1), (32, 32, 64, 128, 256)),
+    "naive": ((1, 2, 2, 2, 2), (32, 64, 128, 256, 512)),
+    "tiny": ((1, 2, 3, 3, 2), (64, 96, 192, 384, 768)),
+    "small": ((1, 2, 3, 6, 2), (64, 96, 192, 384, 768)),
+    "base": ((1, 2, 6, 6, 2), (64, 128, 256, 512, 1024)),
+    "large": ((1, 2, 6, 12, 2), (64, 256, 512, 1024, 2048)),
+}
+STEM_ACTIVATIONS = ("gelu", "none")
+AXES = ("depth", "height", "width")
+
+
+class DCFormerConfig(PretrainedConfig):
+    """Settings of a :class:`DCFormer`.
+
+    Args:
+        variant: one of :data:`VARIANTS`; gives `depths` and `channels` where they are not given.
+        depths: blocks in stages 0-4 (stage 0 is the stem and counts as one).
+        channels: width of stages 0-4.
+        kernel_sizes: kernel of the depthwise decomposed convolutions in stages 1-4, voxels.
+        stem_kernel_size, stem_stride: the first layer of the stem.
+        stem_activation: "gelu" as the paper means it, or "none" as in the published weights,
+            whose stem is linear.
+        stem_antialias: let the first layer of the stem average over what it strides across.
+            Without it the stem reads only 15.6% of the voxels, so small lesions can fall
+            between its samples. Never with published weights.
+        volume_size: (D, H, W) the model was made for; the encoder itself takes any size.
+    """
+
+    model_type = "med3dvlm_dcformer"
+
+    def __init__(
+        self,
+        variant: str = "small",
+        depths: list[int] | None = None,
+        channels: list[int] | None = None,
+        in_channels: int = 1,
+        kernel_sizes: tuple[int, ...] | list[int] = (13, 11, 9, 7),
+        stem_kernel_size: int = 7,
+        stem_stride: int = 4,
+        stem_activation: str = "gelu",
+        stem_antialias: bool = False,
+        layer_scale_init: float = 1e-6,
+        initializer_range: float = 0.02,
+        volume_size: tuple[int, ...] | list[int] = (128, 256, 256),
+        **kwargs,
+    ):
+        if variant not in VARIANTS and (depths is None or channels is None):
+            raise ValueError(
+                f"variant {variant!r} is unknown: choose one of {', '.join(VARIANTS)}, "
+                "or give both depths and channels."
+            )
+        if stem_activation not in STEM_ACTIVATIONS:
+            raise ValueError(
+                f"stem_activation {stem_activation!r} is unknown: use 'gelu' or, for published "
+                "weights, 'none'."
+            )
+        self.variant = variant
+        self.depths = list(depths or VARIANTS[variant][0])
+        self.channels = list(channels or VARIANTS[variant][1])
+        self.in_channels = in_channels
+        self.kernel_sizes = list(kernel_sizes)
+        self.stem_kernel_size = stem_kernel_size
+        self.stem_stride = stem_stride
+        self.stem_activation = stem_activation
+        self.stem_antialias = stem_antialias
+        self.layer_scale_init = layer_scale_init
+        self.initializer_range = initializer_range
+        self.volume_size = list(volume_size)
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last stage, the one that is pooled."""
+        return self.channels[-1]
+
+    @property
+    def stream_channels(self) -> tuple[int, int]:
+        """Widths of the (low, high) token streams: stages 3 and 4."""
+        return self.channels[-2], self.channels[-1]
+
+    @property
+    def stream_tokens(self) -> tuple[int, int]:
+        """Numbers of tokens of the (low, high) streams for a volume of `volume_size`."""
+        grids = [[_ceil_div(size, self.stem_stride) for size in self.volume_size]]
+        for _ in range(4):
+            grids.append([_ceil_div(size, 2) for size in grids[-1]])
+        low, high = (d * h * w for d, h, w in grids[-2:])
+        return low, high
+
+
+def _ceil_div(size: int, by: int) -> int:
+    return -(-size // by)
+
+
+class DecomposedConv3d(nn.Module):
+    """Three 1-D convolutions side by side, one along each axis, summed (paper, section 3).
+
+    Each has a kernel of k along its own axis and 1 along the others, the stride on all three, a
+    bias, and its own batch norm. (B, C_in, D, H, W) -> (B, C_out, D/s, H/s, W/s).
+
+    With `antialias`, each first averages over the stride on the two axes that its kernel does
+    not span, so that striding skips no voxel; without it, a stride of 4 reads 15.6% of them.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        antialias: bool = False,
+    ):
+        super().__init__()
+        self.antialias = antialias
+        self.stride = stride
+        for axis, name in enumerate(AXES):
+            steps = _along(axis, stride, other=1 if antialias else stride)
+            conv = nn.Conv3d(
+                in_channels,
+                out_channels,
+                _along(axis, kernel_size, other=1),
+                steps,
+                _along(axis, kernel_size // 2, other=0),
+                groups=groups,
+            )
+            self.add_module(f"along_{name}", conv)
+            self.add_module(f"norm_{name}", nn.BatchNorm3d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            self.norm_depth(self.along_depth(self._smooth(x, 0)))
+            + self.norm_height(self.along_height(self._smooth(x, 1)))
+            + self.norm_width(self.along_width(self._smooth(x, 2)))
+        )
+
+    def _smooth(self, x: Tensor, axis: int) -> Tensor:
+        if not self.antialias:
+            return x
+        window = _along(axis, 1, other=self.stride)
+        return nn.functional.avg_pool3d(x, window, ceil_mode=True, count_include_pad=False)
+
+
+def _along(axis: int, value: int, *, other: int) -> tuple[int, int, int]:
+    triple = [other, other, other]
+    triple[axis] = value
+    return triple[0], triple[1], triple[2]
+
+
+class Stem(nn.Module):
+    """Stage 0: a strided decomposed convolution, then three more; the grid shrinks by 4."""
+
+    def __init__(self, config: DCFormerConfig):
+        super().__init__()
+        width = config.channels[0]
+        first = DecomposedConv3d(
+            config.in_channels,
+            width,
+            kernel_size=config.stem_kernel_size,
+            stride=config.stem_stride,
+            antialias=config.stem_antialias,
+        )
+        rest = [DecomposedConv3d(width, width, kernel_size=3) for _ in range(3)]
+        self.layers = nn.ModuleList([first, *rest])
+        self.activation = nn.GELU() if config.stem_activation == "gelu" else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.activation(layer(x))
+        return x
+
+
+class Downsample(nn.Module):
+    """Max-pool by two and change the width; the first thing in stages 1-4."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.pool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
+        self.proj = nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.pool(x))
+
+
+class Block(nn.Module):
+    """Depthwise decomposed convolution, then an MLP over the channels, scaled and added."""
+
+    def __init__(self, channels: int, *, kernel_size: int, layer_scale_init: float):
+        super().__init__()
+        self.conv = DecomposedConv3d(channels, channels, kernel_size=kernel_size, groups=channels)
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.activation = nn.GELU()
+        self.contract = nn.Linear(4 * channels, channels)
+        self.layer_scale = nn.Parameter(torch.full((channels,), layer_scale_init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).movedim(1, -1)  # (B, D, H, W, C)
+        y = self.contract(self.activation(self.expand(y)))
+        return x + (self.layer_scale * y).movedim(-1, 1)
+
+
+class Stage(nn.Module):
+    """Stages 1-4: halve the grid, change the width, then blocks."""
+
+    def __init__(
+        self, in_channels: int, channels: int, *, depth: int, kernel_size: int,
+        layer_scale_init: float,
+    ):
+        super().__init__()
+        self.downsample = Downsample(in_channels, channels)
+        self.blocks = nn.ModuleList(
+            Block(channels, kernel_size=kernel_size, layer_scale_init=layer_scale_init)
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class DCFormer(PreTrainedModel):
+    """The encoder: a volume to five token streams, fine to coarse."""
+
+    config_class = DCFormerConfig
+    main_input_name = "volumes"
+    _no_split_modules = ["Block"]
+
+    def __init__(self, config: DCFormerConfig):
+        super().__init__(config)
+        self.stem = Stem(config)
+        widths = config.channels
+        self.stages = nn.ModuleList(
+            Stage(
+                widths[i - 1],
+                widths[i],
+                depth=config.depths[i],
+                kernel_size=config.kernel_sizes[i - 1],
+                layer_scale_init=config.layer_scale_init,
+            )
+            for i in range(1, 5)
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_encoder_weights(module, std=self.config.initializer_range)
+        if isinstance(module, Block):
+            nn.init.constant_(module.layer_scale, self.config.layer_scale_init)
+
+    def forward(self, volumes: Tensor) -> list[Tensor]:
+        """Encode prepared volumes.
+
+        Args:
+            volumes: (B, 1, D, H, W), prepared intensities.
+
+        Returns:
+            Five tensors (B, N_i, C_i), stages 0-4, tokens in (D, H, W) order. The last two are
+            the low and the high stream of the projector.
+        """
+        x = self.stem(volumes)
+        streams = [_tokens(x)]
+        for stage in self.stages:
+            x = stage(x)
+            streams.append(_tokens(x))
+        return streams
+
+    def pool(self, streams: list[Tensor]) -> Tensor:
+        """What stands for the whole volume: the mean over the stage-4 tokens, (B, C_4)."""
+        return streams[-1].mean(dim=1)
+
+    def streams(self, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(low, high), what the projector reads: stages 3 and 4."""
+        return streams[-2], streams[-1]
+
+    @classmethod
+    def from_published(cls, state_dict: dict[str, Tensor], **overrides) -> DCFormer:
+        """Make an encoder from published weights, its variant read off the shapes.
+
+        See :func:`med3dvlm.models.published.encoder_from_published`, which this calls.
+        """
+        from med3dvlm.models.published import encoder_from_published
+
+        return encoder_from_published(state_dict, **overrides)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (B, C, D, H, W) -> (B, N, C)
+
+
+def init_encoder_weights(module: nn.Module, *, std: float) -> None:
+    """Kaiming for convolutions, truncated normal for linear layers, identity for norms."""
+    if isinstance(module, nn.Conv3d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm3d | nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm3d):
+            module.reset_running_stats()

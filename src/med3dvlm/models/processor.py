@@ -1,0 +1,217 @@
+"""The processor: scans to prepared volumes, texts to tokens, saved beside the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, FeatureExtractionMixin, ProcessorMixin
+from transformers.feature_extraction_utils import BatchFeature
+
+from med3dvlm.scan import Preparation, Scan, prepare, read_scan
+
+IMAGE_TOKEN = "<im_patch>"
+IGNORED = -100
+
+
+class VolumeFeatureExtractor(FeatureExtractionMixin):
+    """Scans to volumes (n, 1, D, H, W), by the preparation the model was trained with."""
+
+    model_input_names = ["volumes"]
+
+    def __init__(self, preparation: dict[str, Any] | Preparation | None = None, **kwargs):
+        if isinstance(preparation, Preparation):
+            preparation = preparation.to_dict()
+        self.preparation = preparation or {}
+        super().__init__(**kwargs)
+
+    @property
+    def settings(self) -> Preparation:
+        return Preparation.from_dict(self.preparation)
+
+    def __call__(self, scans: Any, **kwargs) -> BatchFeature:
+        return BatchFeature({"volumes": self.volumes(scans)})
+
+    def volumes(self, scans: Any) -> Tensor:
+        """(n, 1, D, H, W) float32 of one scan, path, or list of either."""
+        several = scans if isinstance(scans, list | tuple) else [scans]
+        settings = self.settings
+        prepared = [
+            prepare(scan if isinstance(scan, Scan) else read_scan(scan), settings)
+            for scan in several
+        ]
+        return torch.from_numpy(np.stack(prepared))
+
+
+class Med3DVLMProcessor(ProcessorMixin):
+    """Preparation and tokenizer of one model, and the words of its prompts.
+
+    Args:
+        num_visual_tokens: placeholders in front of each prompt; 0 for a dual encoder.
+        prompt_template: `{instruction}` is replaced by the instruction or question.
+        max_text_tokens: texts for a dual encoder are cut to this by whole sentences.
+    """
+
+    feature_extractor_class = "VolumeFeatureExtractor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        feature_extractor: Any = None,
+        tokenizer: Any = None,
+        num_visual_tokens: int = 0,
+        prompt_template: str = "{instruction}",
+        max_text_tokens: int = 512,
+        **kwargs,
+    ):
+        self.num_visual_tokens = num_visual_tokens
+        self.prompt_template = prompt_template
+        self.max_text_tokens = max_text_tokens
+        super().__init__(feature_extractor, tokenizer, **kwargs)
+
+    @property
+    def preparation(self) -> Preparation:
+        return self.feature_extractor.settings
+
+    # A published checkpoint can come without its tokenizer, and then still embeds scans; the
+    # library's own class insists on one, so three of its methods learn that it may be missing.
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        if argument_name == "tokenizer" and argument is None:
+            return type(None)
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs) -> Any:
+        if self.tokenizer is not None:
+            return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return self.to_json_file(Path(save_directory) / "processor_config.json")
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Med3DVLMProcessor:
+        """The processor saved in a checkpoint folder, with or without a tokenizer."""
+        if (folder / "tokenizer_config.json").is_file():
+            return cls.from_pretrained(str(folder), local_files_only=True)
+        settings = json.loads((folder / "processor_config.json").read_text("utf-8"))
+        preparation = settings.pop("feature_extractor")["preparation"]
+        settings.pop("processor_class", None)
+        return cls(VolumeFeatureExtractor(preparation), **settings)
+
+    def _needed_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                "this checkpoint came without a tokenizer, so it reads no text: put the "
+                "tokenizer's files beside the weights."
+            )
+        return self.tokenizer
+
+    def __call__(self, scans: Any = None, text: Any = None, **kwargs) -> BatchFeature:
+        """What the model takes: `volumes` of scans and, of instructions, tokens of prompts."""
+        data: dict[str, Any] = {}
+        if scans is not None:
+            data["volumes"] = self.volumes(scans)
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            data.update(self.prompts(texts) if self.num_visual_tokens else self.tokens(texts))
+        return BatchFeature(data)
+
+    def volumes(self, scans: Any) -> Tensor:
+        """(n, 1, D, H, W) float32 of one scan, path, or list of either."""
+        return self.feature_extractor.volumes(scans)
+
+    # --- texts for the dual encoder -----------------------------------------------------------
+
+    def tokens(self, texts: Sequence[str]) -> BatchEncoding:
+        """Tokens (n, N) of plain texts, padded on the right, cut by whole sentences."""
+        cut = [self.cut_by_sentences(text) for text in texts]
+        return self._needed_tokenizer()(
+            cut,
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_text_tokens,
+            return_tensors="pt",
+        )
+
+    def cut_by_sentences(self, text: str) -> str:
+        """As many whole sentences from the start as fit in `max_text_tokens`."""
+
+        def fits(part: str) -> bool:
+            return len(self._needed_tokenizer()(part)["input_ids"]) <= self.max_text_tokens
+
+        if fits(text):
+            return text
+        kept = ""
+        for sentence in re.split(r"(?<=[.!?])\s+", text):
+            longer = f"{kept} {sentence}".strip()
+            if not fits(longer):
+                break
+            kept = longer
+        return kept or text  # one sentence too long: the tokenizer cuts it by tokens
+
+    # --- prompts for the language model -------------------------------------------------------
+
+    def prompt(self, instruction: str) -> str:
+        """Placeholders for the visual tokens, then the instruction in its template."""
+        words = self.prompt_template.replace("{instruction}", instruction)
+        return IMAGE_TOKEN * self.num_visual_tokens + words
+
+    def prompts(self, instructions: Sequence[str]) -> BatchEncoding:
+        """Tokens (n, N) of prompts to be continued, padded on the left."""
+        return self._needed_tokenizer()(
+            [self.prompt(text) for text in instructions],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+
+    def training_batch(self, instructions: Sequence[str], targets: Sequence[str]) -> BatchEncoding:
+        """Prompts with their answers, padded on the right; only answer and end token count.
+
+        Returns:
+            input_ids, attention_mask and labels, each (n, N); -100 where nothing counts.
+        """
+        rows, starts = [], []
+        for instruction, target in zip(instructions, targets, strict=True):
+            start = self._needed_tokenizer()(self.prompt(instruction))["input_ids"]
+            answer = self._needed_tokenizer()(target, add_special_tokens=False)["input_ids"]
+            rows.append([*start, *answer, self._needed_tokenizer().eos_token_id])
+            starts.append(len(start))
+        length = max(map(len, rows))
+        pad = self._needed_tokenizer().pad_token_id
+        input_ids = torch.full((len(rows), length), pad if pad is not None else 0)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORED)
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = 1
+            labels[i, start : len(row)] = torch.tensor(row[start:])
+        return BatchEncoding(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        )
+
+    @staticmethod
+    def lettered(choices: Sequence[str]) -> list[str]:
+        """["A. axial", "B. coronal", ...], the form of the closed answers of M3D-VQA.
+
+        Raises:
+            ValueError: for fewer than two or more than 26 choices, or an empty one.
+        """
+        if not 2 <= len(choices) <= len(string.ascii_uppercase):
+            raise ValueError(f"{len(choices)} choices were given: give between 2 and 26.")
+        if any(not choice.strip() for choice in choices):
+            raise ValueError("a choice is empty: write each choice.")
+        return [f"{letter}. {c}" for letter, c in zip(string.ascii_uppercase, choices, strict=False)]
+
+    @classmethod
+    def closed_question(cls, question: str, choices: Sequence[str]) -> str:
+        """The question followed by its choices, as M3D-VQA asks it."""
+        return f"{question} Choices: {' '.join(cls.lettered(choices))}"
+
+

@@ -1,0 +1,22 @@
+"""Training in three stages, each told by a recipe: contrastive, alignment, instruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from med3dvlm.data.store import Progress
+from med3dvlm.train.recipe import Recipe, RecipeError, load_recipe
+
+
+def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:
+    """Follow a recipe, whichever stage it is of; returns the trained model."""
+    if recipe.stage == "contrastive":
+        from med3dvlm.train.contrastive import train_contrastive
+
+        return train_contrastive(recipe, progress=progress)
+    from med3dvlm.train.language import train_language
+
+    return train_language(recipe, progress=progress)
+
+
+__all__ = ["Recipe", "RecipeError", "load_recipe", "train"]

@@ -1,0 +1,207 @@
+"""Stages 2 and 3: the projector learns to speak to the language model, then both to answer.
+
+Alignment and instruction tuning differ in what learns and in the tasks drawn, so a recipe tells
+them apart and this one workflow follows it. While the volume encoder is frozen its two token
+streams are computed once per study and kept in memory, which makes these stages cheap.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from med3dvlm.data.store import Progress, Store
+from med3dvlm.hub import load
+from med3dvlm.models import (
+    Med3DVLM,
+    Med3DVLMConfig,
+    Med3DVLMProcessor,
+    VolumeFeatureExtractor,
+    VolumeTextDualEncoder,
+)
+from med3dvlm.models.processor import IMAGE_TOKEN
+from med3dvlm.train.contrastive import open_store
+from med3dvlm.train.engine import fit, freeze_all_but, save_summary
+from med3dvlm.train.recipe import Recipe, RecipeError
+
+
+def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
+    """Follow an alignment or instruction recipe; the model is also saved in `recipe.output`."""
+    if recipe.start is None:
+        raise RecipeError("start is missing: name the checkpoint to start from.")
+    torch.manual_seed(recipe.training.seed)
+    start = load(recipe.start)
+    model = start if isinstance(start, Med3DVLM) else _from_dual_encoder(start, recipe)
+    if not recipe.train:
+        raise RecipeError("train is empty: name the parts that learn, for example projector.")
+    freeze_all_but(model, recipe.train)
+    learner = _with_lora(model, recipe)
+    store = open_store(recipe, model.preparation, progress=progress)
+    features = None
+    if "vision_encoder" not in recipe.train:
+        features = encode_store(model, store, progress=progress)
+    dataset = TaskDataset(store, recipe.data.tasks, model.config.report_prompt, features)
+    metrics = fit(learner, recipe, dataset, TaskCollator(model.processor))
+    if recipe.lora:
+        model = learner.merge_and_unload()
+    output = Path(recipe.output)
+    model.save_pretrained(output)
+    model.processor.save_pretrained(output)
+    save_summary(recipe, metrics, studies=len(store))
+    return model.eval()
+
+
+def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
+    """A new model around a contrastively trained encoder; its tokenizer serves both.
+
+    The language model comes from `model.language_model`, a checkpoint, or is made new from
+    `model.text_config`.
+    """
+    settings = dict(recipe.model)
+    tokenizer = dual.processor.tokenizer
+    pretrained = settings.pop("language_model", None)
+    if pretrained:
+        from transformers import AutoConfig, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+        text = AutoConfig.from_pretrained(pretrained).to_dict()
+    else:
+        text = {"model_type": "qwen2", **settings.pop("text_config", {})}
+        text |= {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    config = Med3DVLMConfig(
+        vision_config=dual.config.vision_config,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        **settings,
+    )
+    model = Med3DVLM(config)
+    model.vision_encoder.load_state_dict(dual.vision_encoder.state_dict())
+    if pretrained:
+        _load_language_model(model, pretrained, len(tokenizer))
+    model.processor = Med3DVLMProcessor(
+        VolumeFeatureExtractor(dual.preparation),
+        tokenizer,
+        num_visual_tokens=model.num_visual_tokens,
+        prompt_template=config.prompt_template,
+    )
+    return model
+
+
+def _load_language_model(model: Med3DVLM, name: str, vocabulary: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    language_model = AutoModelForCausalLM.from_pretrained(name)
+    if vocabulary > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(vocabulary)
+    model.language_model = language_model
+    model.config.text_config = language_model.config
+
+
+def _with_lora(model: Med3DVLM, recipe: Recipe) -> Any:
+    if not recipe.lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, **recipe.lora}
+    linear = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    config = LoraConfig(
+        target_modules=linear, modules_to_save=list(recipe.train) or None, **settings
+    )
+    return get_peft_model(model, config)
+
+
+@torch.inference_mode()
+def encode_store(
+    model: Med3DVLM, store: Store, *, batch_size: int = 32, progress: Progress | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The encoder's (low, high) streams of every study, float16: (n, N, C) each."""
+    model.eval()
+    low_parts, high_parts = [], []
+    for i in range(0, len(store), batch_size):
+        volumes = torch.from_numpy(store.volumes[i : i + batch_size]).unsqueeze(1)
+        low, high = model.encode(model._to_device(volumes.float().div_(255)))
+        low_parts.append(low.half().cpu().numpy())
+        high_parts.append(high.half().cpu().numpy())
+        if progress:
+            progress(min(i + batch_size, len(store)), len(store))
+    return np.concatenate(low_parts), np.concatenate(high_parts)
+
+
+def task_examples(study: dict[str, Any], report_prompt: str) -> dict[str, list[tuple[str, str]]]:
+    """(instruction, answer) pairs of one study by task."""
+    pairs: dict[str, list[tuple[str, str]]] = {"report": [(report_prompt, study["report"])]}
+    for question in study["questions"]:
+        text, answer = question["text"], question["answer"]
+        if question["choices"]:
+            text = Med3DVLMProcessor.closed_question(text, question["choices"])
+            answer = f"{question['answer_choice']}. {answer}"
+        pairs.setdefault(question["kind"], []).append((text, answer))
+    return pairs
+
+
+class TaskDataset(Dataset):
+    """Item i: study i's volume or streams, with one of its tasks, drawn by the given weights."""
+
+    def __init__(
+        self,
+        store: Store,
+        tasks: dict[str, float],
+        report_prompt: str,
+        features: tuple[np.ndarray, np.ndarray] | None,
+        *,
+        seed: int = 0,
+    ):
+        self.store = store
+        self.names = list(tasks)
+        self.weights = np.array(list(tasks.values())) / sum(tasks.values())
+        self.report_prompt = report_prompt
+        self.features = features
+        self.random = np.random.default_rng(seed)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        examples = task_examples(self.store.studies[index], self.report_prompt)
+        names = [name for name in self.names if name in examples]
+        weights = self.weights[[self.names.index(name) for name in names]]
+        task = names[self.random.choice(len(names), p=weights / weights.sum())]
+        instruction, answer = examples[task][self.random.integers(len(examples[task]))]
+        item: dict[str, Any] = {"instruction": instruction, "answer": answer}
+        if self.features is None:
+            item["volume"] = self.store.volumes[index]
+        else:
+            item["low"], item["high"] = self.features[0][index], self.features[1][index]
+        return item
+
+
+class TaskCollator:
+    """Items to a batch; labels count the answer and its end token only."""
+
+    def __init__(self, processor: Med3DVLMProcessor):
+        self.processor = processor
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.processor.training_batch(
+            [item["instruction"] for item in items], [item["answer"] for item in items]
+        )
+        out = dict(batch)
+        if "volume" in items[0]:
+            volumes = torch.from_numpy(np.stack([item["volume"] for item in items]))
+            out["volumes"] = volumes.float().div_(255).unsqueeze(1)
+        else:
+            for stream in ("low", "high"):
+                stacked = np.stack([item[stream] for item in items])
+                out[stream] = torch.from_numpy(stacked).float()
+        return out
