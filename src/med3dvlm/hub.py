@@ -52,10 +52,7 @@ def load(
     Raises:
         CheckpointError: one sentence on what is missing or wrong.
     """
-    folder = _choose_part(resolve(name_or_folder), part)
-    config = read_config(folder)
-    model = load_published(folder) if is_published(config) else _load_own(folder, config)
-    model.label = str(name_or_folder)
+    model = load_exact(name_or_folder, part=part)
     wanted = {"language": Med3DVLM, "search": VolumeTextDualEncoder}.get(part or "")
     if wanted is not None and not isinstance(model, wanted):
         raise CheckpointError(
@@ -63,6 +60,17 @@ def load(
             f"{wanted.__name__}: give another model."
         )
     return _place(model, device)
+
+
+def load_exact(
+    name_or_folder: str | Path, *, part: str | None = None
+) -> Med3DVLM | VolumeTextDualEncoder:
+    """Like :func:`load`, but on the CPU and in the very precision of the file."""
+    folder = _choose_part(resolve(name_or_folder), part)
+    config = read_config(folder)
+    model = load_published(folder) if is_published(config) else _load_own(folder, config)
+    model.label = str(name_or_folder)
+    return model
 
 
 def resolve(name_or_folder: str | Path) -> Path:

@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: demo test lint types check demo-model clean
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/med3dvlm demo
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+check: lint types test
+
+# Trains the bundled demo model from nothing: phantoms, three stages, figures, model card.
+demo-model: $(STAMP)
+	$(BIN)/med3dvlm train contrastive recipes/demo/contrastive.yaml
+	$(BIN)/med3dvlm train alignment recipes/demo/alignment.yaml
+	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
+	$(BIN)/python recipes/demo/bundle.py
+
+clean:
+	rm -rf $(VENV) runs med3dvlm-demo

@@ -1,0 +1,132 @@
+"""What the commands share: options, errors, progress, the notice under every result."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
+    from med3dvlm.scan import Scan
+
+NOTICE = "Draft by a research model. Not a medical device; a clinician must check every word."
+DEMO_NOTICE = (
+    "The bundled demo model has only ever seen generated phantoms. About a real patient its "
+    "words mean nothing."
+)
+
+errors = Console(stderr=True)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="'demo', a checkpoint folder, or a hub name.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of whatever is drawn at random.")]
+SeriesOption = Annotated[
+    str | None,
+    typer.Option(help="Which DICOM series, by UID or number, where a folder holds several."),
+]
+FrameOption = Annotated[
+    int | None, typer.Option(help="Which time point of a 4-D file, counted from 0.")
+]
+
+
+def fail(error: BaseException) -> NoReturn:
+    """Print one sentence and leave with status 1; the traceback only where it is asked for."""
+    if os.environ.get("MED3DVLM_TRACEBACK"):
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'a file'}: {error.strerror}."
+    sys.stderr.write(f"Error: {text}\n")
+    raise SystemExit(1)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Any]:
+    """A bar on standard error; yields a function of (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield update
+
+
+def read_with_warnings(
+    path: str, *, series: str | None = None, frame: int | None = None
+) -> Scan:
+    """Read a scan; what the reader noticed goes to standard error."""
+    from med3dvlm.scan import read_scan
+
+    with errors.status(f"reading {path}"):
+        scan = read_scan(path, series=series, frame=frame)
+    for warning in scan.warnings:
+        errors.print(f"note: {warning}", style="yellow", markup=False, highlight=False)
+    return scan
+
+
+def load_language_model(name: str, device: str) -> Med3DVLM:
+    return _load(name, device, "language")
+
+
+def load_dual_encoder(name: str, device: str) -> VolumeTextDualEncoder:
+    return _load(name, device, "search")
+
+
+def _load(name: str, device: str, part: str) -> Any:
+    with errors.status(f"loading model {name}"):
+        from med3dvlm.hub import load
+
+        return load(name, part=part, device=device)
+
+
+def provenance(model: Any) -> dict[str, str]:
+    """What made a result: the model, its weights' hash, its preparation's."""
+    return {
+        "model": model.label,
+        "weights": model.fingerprint(),
+        "preparation": model.preparation.fingerprint(),
+    }
+
+
+def notice(model: Any) -> str:
+    """The sentence that every result carries."""
+    return f"{NOTICE} {DEMO_NOTICE}" if model.label == "demo" else NOTICE
+
+
+def print_notice(model: Any) -> None:
+    errors.print(notice(model), style="dim", markup=False, highlight=False)
+
+
+def generation_options(
+    *, sample: bool, temperature: float, top_p: float, seed: int
+) -> dict[str, Any]:
+    """Options of `generate`: greedy unless sampling is asked for."""
+    if not sample:
+        return {}
+    import torch
+
+    torch.manual_seed(seed)
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p}
