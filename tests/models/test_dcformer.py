@@ -113,8 +113,11 @@ def test_decomposed_convolution_is_the_sum_of_three_lines():
         lambda: tiny(),
         lambda: ViT3D(
             ViT3DConfig(
-                volume_size=(16, 32, 32), patch_size=(8, 16, 16), hidden_size=32,
-                num_layers=2, num_heads=4,
+                volume_size=(16, 32, 32),
+                patch_size=(8, 16, 16),
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
             )
         ).eval(),
     ],

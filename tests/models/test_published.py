@@ -100,9 +100,7 @@ def test_contrastive_model_equals_the_published_one(clip):
     mask[3, 11:] = 0
     with torch.inference_mode():
         out = model(volumes=torch.from_numpy(images), input_ids=ids, attention_mask=mask)
-        nce = infonce_loss(
-            out.image_embeds, out.text_embeds, logit_scale=torch.tensor(1 / 0.07)
-        )
+        nce = infonce_loss(out.image_embeds, out.text_embeds, logit_scale=torch.tensor(1 / 0.07))
     expected = fixture("clip")
     assert relative_error(out.image_embeds, expected["image_features"]) < TOLERANCE
     assert relative_error(out.text_embeds, expected["text_features"]) < TOLERANCE

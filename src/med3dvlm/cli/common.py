@@ -74,9 +74,7 @@ def progress_bar(label: str) -> Iterator[Any]:
         yield update
 
 
-def read_with_warnings(
-    path: str, *, series: str | None = None, frame: int | None = None
-) -> Scan:
+def read_with_warnings(path: str, *, series: str | None = None, frame: int | None = None) -> Scan:
     """Read a scan; what the reader noticed goes to standard error."""
     from med3dvlm.scan import read_scan
 

@@ -18,7 +18,9 @@ def phantoms(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many studies.")] = 10,
     layout: Annotated[str, typer.Option(help="nifti, or m3d for the layout of M3D-Cap.")] = "nifti",
-    split: Annotated[str, typer.Option(help="train, validation or test; they share none.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="train, validation or test; they share none.")
+    ] = "test",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:

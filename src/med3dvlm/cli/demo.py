@@ -54,7 +54,9 @@ def demo(
 
     out.rule("Next")
     out.print("med3dvlm report YOUR_DICOM_FOLDER --picture out.png", markup=False)
-    out.print('med3dvlm ask YOUR_DICOM_FOLDER "Is there a pleural effusion?" -c yes -c no', markup=False)
+    out.print(
+        'med3dvlm ask YOUR_DICOM_FOLDER "Is there a pleural effusion?" -c yes -c no', markup=False
+    )
     out.print("med3dvlm model info demo      (figures and limits: its model card)", markup=False)
     out.print(common.NOTICE, style="dim", markup=False)
 

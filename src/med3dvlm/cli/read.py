@@ -24,7 +24,9 @@ ScanArgument = Annotated[
         metavar="SCAN",
     ),
 ]
-SampleOption = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of the likeliest.")]
+SampleOption = Annotated[
+    bool, typer.Option("--sample", help="Draw tokens instead of the likeliest.")
+]
 TemperatureOption = Annotated[float, typer.Option(min=0.01, help="With --sample.")]
 TopPOption = Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")]
 

@@ -1,9 +1,9 @@
 """A store of prepared studies: the volumes in one memory-mapped array, the texts beside it.
 
-    preparation.json   how the volumes were prepared
-    volumes.npy        (n, D, H, W) uint8, 0..255 for the prepared 0..1
-    studies.jsonl      one study a line: id, report, caption, questions, concepts
-    concepts.json      the names of the concepts, in the order of each study's vector
+preparation.json   how the volumes were prepared
+volumes.npy        (n, D, H, W) uint8, 0..255 for the prepared 0..1
+studies.jsonl      one study a line: id, report, caption, questions, concepts
+concepts.json      the names of the concepts, in the order of each study's vector
 """
 
 from __future__ import annotations

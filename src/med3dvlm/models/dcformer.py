@@ -219,7 +219,12 @@ class Stage(nn.Module):
     """Stages 1-4: halve the grid, change the width, then blocks."""
 
     def __init__(
-        self, in_channels: int, channels: int, *, depth: int, kernel_size: int,
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        depth: int,
+        kernel_size: int,
         layer_scale_init: float,
     ):
         super().__init__()

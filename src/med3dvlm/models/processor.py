@@ -207,11 +207,11 @@ class Med3DVLMProcessor(ProcessorMixin):
             raise ValueError(f"{len(choices)} choices were given: give between 2 and 26.")
         if any(not choice.strip() for choice in choices):
             raise ValueError("a choice is empty: write each choice.")
-        return [f"{letter}. {c}" for letter, c in zip(string.ascii_uppercase, choices, strict=False)]
+        return [
+            f"{letter}. {c}" for letter, c in zip(string.ascii_uppercase, choices, strict=False)
+        ]
 
     @classmethod
     def closed_question(cls, question: str, choices: Sequence[str]) -> str:
         """The question followed by its choices, as M3D-VQA asks it."""
         return f"{question} Choices: {' '.join(cls.lettered(choices))}"
-
-

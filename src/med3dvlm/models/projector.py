@@ -28,7 +28,12 @@ class MixerLayer(nn.Module):
     """
 
     def __init__(
-        self, *, tokens_in: int, tokens_out: int, width_in: int, width_out: int,
+        self,
+        *,
+        tokens_in: int,
+        tokens_out: int,
+        width_in: int,
+        width_out: int,
         residual: bool = False,
     ):
         super().__init__()

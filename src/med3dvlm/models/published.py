@@ -91,7 +91,9 @@ def _encoder_rules() -> list[Rule]:
         block, own = f"encoder.s{stage}.{{n}}", f"stages.{stage - 1}.blocks.{{n}}"
         rules += _convolution(f"{block}.dwconv", f"{own}.conv")
         rules += [
-            Rule(f"encoder.s{stage}.0.proj.{{rest}}", f"stages.{stage - 1}.downsample.proj.{{rest}}"),
+            Rule(
+                f"encoder.s{stage}.0.proj.{{rest}}", f"stages.{stage - 1}.downsample.proj.{{rest}}"
+            ),
             Rule(f"{block}.scale", f"{own}.layer_scale"),
             Rule(f"{block}.mlp.mlp.0.{{rest}}", f"{own}.expand.{{rest}}"),
             Rule(f"{block}.mlp.mlp.3.{{rest}}", f"{own}.contract.{{rest}}"),

@@ -23,9 +23,7 @@ from med3dvlm.train.recipe import DataRecipe, Recipe
 from med3dvlm.train.tokenizer import train_tokenizer
 
 
-def train_contrastive(
-    recipe: Recipe, *, progress: Progress | None = None
-) -> VolumeTextDualEncoder:
+def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> VolumeTextDualEncoder:
     """Follow a contrastive recipe; the model is also saved in `recipe.output`."""
     store = open_store(recipe, Preparation.from_dict(recipe.preparation), progress=progress)
     torch.manual_seed(recipe.training.seed)
