@@ -29,7 +29,26 @@ _HOME = {
 }
 _MODULES = ("models", "scan", "losses", "data", "train", "evaluate", "search", "picture")
 
-__all__ = [*_HOME, *_MODULES, "__version__"]
+__all__ = [
+    "CheckpointError",
+    "Med3DVLM",
+    "Preparation",
+    "Scan",
+    "ScanError",
+    "VolumeTextDualEncoder",
+    "__version__",
+    "data",
+    "evaluate",
+    "load",
+    "losses",
+    "models",
+    "picture",
+    "prepare",
+    "read_scan",
+    "scan",
+    "search",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,9 +13,9 @@ for _config, _model in ((DCFormerConfig, DCFormer), (ViT3DConfig, ViT3D)):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
 
-from med3dvlm.models.dual_encoder import DualEncoderConfig, VolumeTextDualEncoder  # noqa: E402
-from med3dvlm.models.med3dvlm import Answer, Med3DVLM, Med3DVLMConfig  # noqa: E402
-from med3dvlm.models.processor import Med3DVLMProcessor, VolumeFeatureExtractor  # noqa: E402
+from med3dvlm.models.dual_encoder import DualEncoderConfig, VolumeTextDualEncoder
+from med3dvlm.models.med3dvlm import Answer, Med3DVLM, Med3DVLMConfig
+from med3dvlm.models.processor import Med3DVLMProcessor, VolumeFeatureExtractor
 
 for _config, _model in ((DualEncoderConfig, VolumeTextDualEncoder), (Med3DVLMConfig, Med3DVLM)):
     AutoConfig.register(_config.model_type, _config)

@@ -37,7 +37,10 @@ class DualEncoderConfig(PretrainedConfig):
     """
 
     model_type = "med3dvlm_dual_encoder"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs = {  # pyright: ignore[reportAssignmentType]
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+    }
 
     def __init__(
         self,

@@ -55,7 +55,10 @@ class Med3DVLMConfig(PretrainedConfig):
     """
 
     model_type = "med3dvlm"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs = {  # pyright: ignore[reportAssignmentType]
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+    }
 
     def __init__(
         self,
@@ -151,7 +154,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
 
     @property
     def num_visual_tokens(self) -> int:
-        return self.projector.num_tokens
+        return int(self.projector.num_tokens)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -27,9 +27,9 @@ class VolumeFeatureExtractor(FeatureExtractionMixin):
     model_input_names = ["volumes"]
 
     def __init__(self, preparation: dict[str, Any] | Preparation | None = None, **kwargs):
-        if isinstance(preparation, Preparation):
-            preparation = preparation.to_dict()
-        self.preparation = preparation or {}
+        if not isinstance(preparation, dict):
+            preparation = preparation.to_dict() if preparation is not None else {}
+        self.preparation = preparation
         super().__init__(**kwargs)
 
     @property

@@ -68,7 +68,7 @@ class ViT3DConfig(PretrainedConfig):
 
 
 class ViT3D(PreTrainedModel):
-    """(B, 1, D, H, W) -> one stream (B, N, C) per layer; the last keeps its class token in front."""
+    """(B, 1, D, H, W) -> one stream (B, N, C) per layer; the last has its class token in front."""
 
     config_class = ViT3DConfig
     main_input_name = "volumes"

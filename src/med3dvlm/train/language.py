@@ -102,7 +102,7 @@ def _load_language_model(model: Med3DVLM, name: str, vocabulary: int) -> None:
     from transformers import AutoModelForCausalLM
 
     language_model = AutoModelForCausalLM.from_pretrained(name)
-    if vocabulary > language_model.get_input_embeddings().num_embeddings:
+    if vocabulary > len(language_model.get_input_embeddings().weight):
         language_model.resize_token_embeddings(vocabulary)
     model.language_model = language_model
     model.config.text_config = language_model.config
