@@ -153,7 +153,9 @@ def judge_values(
         return None, {}
     if modality is None and low > NEGATIVE_HU:
         if dtype.itemsize == 1 or (low >= 0 and high <= 255):
-            notes.append("not HU: 8-bit intensities, windowed before they were stored")
+            notes.append(
+                "not HU: values of 8 bits, as pictures windowed before they were stored have"
+            )
         elif low >= 0:
             notes.append(
                 f"not HU: no value is negative (from {low:g}); if this is a CT, it is stored "

@@ -50,7 +50,7 @@ def check_claim(
     if not compressed and claimed > stored:
         raise ScanError(
             f"{name}: the header claims {size} voxels ({claimed:.0f} bytes) but the file holds "
-            f"only {stored} bytes of them; it is truncated, copy it again."
+            f"only {max(0, stored)} bytes of them; it is truncated, copy it again."
         )
     # deflate cannot exceed 1032:1, whatever the data
     if compressed and claimed > 1100 * stored + 2**16:

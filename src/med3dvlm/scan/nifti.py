@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -48,8 +50,13 @@ def read_nifti(path: Path, *, frame: int | None = None) -> Scan:
     offset = _voxel_offset(name, header, single=header_path == image_path)
     stored = image_path.stat().st_size
     compressed = is_gzip(image_path)
-    check_claim(name, (*shape, frames), dtype.itemsize, stored - (not compressed) * offset,
-                compressed=compressed)  # fmt: skip
+    check_claim(
+        name,
+        (*shape, frames) if frames > 1 else shape,
+        dtype.itemsize,
+        stored if compressed else stored - offset,
+        compressed=compressed,
+    )
     offset += frame * count * dtype.itemsize
     if compressed:
         with image_path.open("rb") as file:
@@ -133,9 +140,6 @@ def _start(name: str, path: Path) -> bytes:
 
 
 def _first_of_gzip(name: str, file: BinaryIO) -> bytes:
-    import gzip
-    import zlib
-
     try:
         return gzip.GzipFile(fileobj=file).read(540)
     except (EOFError, OSError, zlib.error) as error:
@@ -156,7 +160,7 @@ def _shape(name: str, header: Nifti1Header) -> tuple[tuple[int, int, int], int]:
     if header["datatype"] in (128, 2304, 32, 1792, 2048):
         kind = "colour" if header["datatype"] in (128, 2304) else "complex numbers"
         raise ScanError(f"{name}: it holds {kind}, not intensities; give a grey volume.")
-    dims = (dim[1 : rank + 1] + [1, 1, 1])[:3]
+    dims = [*dim[1 : rank + 1], 1, 1][:3]
     extra = [n for n in dim[4 : rank + 1] if n > 1]
     if min(dims) < 2:
         size = "×".join(map(str, dims))
@@ -183,7 +187,7 @@ def _dtype(name: str, header: Nifti1Header, notes: list[str]) -> np.dtype:
     code = int(header["datatype"])
     try:
         dtype = cast(np.dtype, header.get_data_dtype())
-    except nib.spatialimages.HeaderDataError as error:
+    except (nib.spatialimages.HeaderDataError, KeyError) as error:
         raise ScanError(f"{name}: voxel type {code} is unknown; the file is corrupt.") from error
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ScanError(f"{name}: voxel type {dtype} is not supported; save it as float32.")

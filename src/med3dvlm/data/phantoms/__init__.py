@@ -1,0 +1,39 @@
+"""Phantom studies: CT-like volumes from a seed, whose truth is known, with texts and questions."""
+
+from med3dvlm.data.phantoms.anatomy import PHASES, PLANES
+from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS, Finding
+from med3dvlm.data.phantoms.language import Placed, Question, find_findings
+from med3dvlm.data.phantoms.study import (
+    CONCEPTS,
+    PHANTOM_VERSION,
+    SPLITS,
+    PhantomError,
+    PhantomStudy,
+    PhantomTruth,
+    concept_vector,
+    make_study,
+    twin,
+)
+from med3dvlm.data.phantoms.write import LAYOUTS, write_studies
+
+__all__ = [
+    "CONCEPTS",
+    "FINDINGS",
+    "LAYOUTS",
+    "ORGANS",
+    "PHANTOM_VERSION",
+    "PHASES",
+    "PLANES",
+    "SPLITS",
+    "Finding",
+    "PhantomError",
+    "PhantomStudy",
+    "PhantomTruth",
+    "Placed",
+    "Question",
+    "concept_vector",
+    "find_findings",
+    "make_study",
+    "twin",
+    "write_studies",
+]

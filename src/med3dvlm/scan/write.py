@@ -1,0 +1,149 @@
+"""Writing scans as NIfTI, NRRD and DICOM series, for exchange, phantoms and tests."""
+
+from __future__ import annotations
+
+import gzip
+from datetime import datetime
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    MRImageStorage,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+
+from med3dvlm.files import atomic_file, atomic_folder
+from med3dvlm.scan.geometry import RAS_TO_LPS
+from med3dvlm.scan.scan import Scan
+
+
+def save_nifti(scan: Scan, path: str | Path) -> None:
+    """Write .nii or .nii.gz; voxels are int16 where that loses nothing, else float32."""
+    voxels = _smallest(scan.array).transpose(2, 1, 0)
+    image = nib.Nifti1Image(voxels, RAS_TO_LPS @ scan.affine)
+    image.set_sform(image.affine, code=1)
+    image.set_qform(image.affine, code=1)
+    image.header.set_xyzt_units("mm")
+    with atomic_file(path) as temporary:
+        nib.save(image, temporary)
+
+
+def save_nrrd(scan: Scan, path: str | Path) -> None:
+    """Write a gzipped NRRD in LPS; voxels are int16 where that loses nothing, else float32."""
+    voxels = _smallest(scan.array)
+    width, height, depth = voxels.shape[::-1]
+    vectors = [",".join(repr(float(v)) for v in scan.affine[:3, axis]) for axis in range(4)]
+    header = "\n".join(
+        [
+            "NRRD0004",
+            f"type: {'short' if voxels.dtype == np.int16 else 'float'}",
+            "dimension: 3",
+            "space: left-posterior-superior",
+            f"sizes: {width} {height} {depth}",
+            f"space directions: ({vectors[0]}) ({vectors[1]}) ({vectors[2]})",
+            "kinds: domain domain domain",
+            "endian: little",
+            "encoding: gzip",
+            f"space origin: ({vectors[3]})",
+        ]
+    )
+    little = np.ascontiguousarray(voxels, voxels.dtype.newbyteorder("<"))
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(header.encode() + b"\n\n")
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, mtime=0) as stream:
+            stream.write(little.data)
+
+
+def save_dicom_series(
+    scan: Scan,
+    folder: str | Path,
+    *,
+    patient_id: str = "ANONYMOUS",
+    series_number: int = 1,
+    series_description: str = "",
+    study_uid: str | None = None,
+    series_uid: str | None = None,
+) -> None:
+    """Write one file per slice, from the lowest slice up, replacing the folder.
+
+    Stored values are int16 with a rescale: of slope 1 where the values are whole numbers, else
+    as fine as 16 bits allow.
+
+    Raises:
+        ValueError: where slices are not at right angles to their distance, as DICOM wants them.
+    """
+    slope, intercept = _rescale(scan.array)
+    study_uid, series_uid = study_uid or generate_uid(), series_uid or generate_uid()
+    frame_uid, now = generate_uid(), datetime.now()
+    depth = scan.array.shape[0]
+    with atomic_folder(folder) as temporary:
+        for z in range(depth):
+            stored = np.rint((scan.array[z] - np.float64(intercept)) / slope).astype("<i2")
+            dataset = _slice(scan, z, stored)
+            dataset.PatientName, dataset.PatientID = patient_id, patient_id
+            dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study_uid, series_uid
+            dataset.FrameOfReferenceUID = frame_uid
+            dataset.StudyDate, dataset.StudyTime = f"{now:%Y%m%d}", f"{now:%H%M%S}"
+            dataset.SeriesNumber, dataset.SeriesDescription = series_number, series_description
+            dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:.10g}", f"{intercept:.10g}"
+            dataset.save_as(temporary / f"{z + 1:04d}.dcm", enforce_file_format=True)
+
+
+def _slice(scan: Scan, z: int, stored: np.ndarray) -> pydicom.Dataset:
+    classes = {"CT": CTImageStorage, "MR": MRImageStorage}
+    x_axis, y_axis = scan.affine[:3, 0], scan.affine[:3, 1]
+    spacing_z, spacing_y, spacing_x = scan.spacing_mm
+    dataset = pydicom.Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID = classes.get(scan.modality or "", SecondaryCaptureImageStorage)
+    dataset.SOPInstanceUID = generate_uid()
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.Modality = scan.modality or "OT"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    dataset.Manufacturer = "med3dvlm"
+    dataset.PatientPosition = "HFS"
+    dataset.InstanceNumber = z + 1
+    dataset.SliceThickness = _decimal(spacing_z)
+    dataset.ImagePositionPatient = [_decimal(v) for v in (scan.affine @ [0, 0, z, 1])[:3]]
+    both = [*(x_axis / spacing_x), *(y_axis / spacing_y)]
+    dataset.ImageOrientationPatient = [_decimal(v) for v in both]
+    dataset.PixelSpacing = [_decimal(spacing_y), _decimal(spacing_x)]
+    dataset.Rows, dataset.Columns = stored.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+    dataset.PixelRepresentation = 1
+    if scan.units == "HU":
+        dataset.RescaleType = "HU"
+    dataset.PixelData = stored.tobytes()
+    return dataset
+
+
+def _decimal(value: float) -> str:
+    """A DICOM decimal string: at most 16 characters."""
+    text = f"{value:.10f}".rstrip("0").rstrip(".")
+    return text if len(text) <= 16 else f"{value:.8g}"
+
+
+def _rescale(array: np.ndarray) -> tuple[float, float]:
+    low, high = float(array.min()), float(array.max())
+    if low >= -32768 and high <= 32767 and _is_whole(array):
+        return 1.0, 0.0
+    slope = float(f"{max((high - low) / 65000, 1e-9):.8g}")
+    return slope, float(f"{(low + high) / 2:.8g}")
+
+
+def _is_whole(array: np.ndarray) -> bool:
+    return all(np.array_equal(plane, np.rint(plane)) for plane in array)
+
+
+def _smallest(array: np.ndarray) -> np.ndarray:
+    fits = float(array.min()) >= -32768 and float(array.max()) <= 32767
+    return array.astype(np.int16) if fits and _is_whole(array) else array
