@@ -462,6 +462,18 @@ def test_ct_without_negative_values_is_not_hu(series):
     assert again.units is None and "not HU" in words(again)
 
 
+def test_spectral_maps_are_not_hu(series):
+    edit(series, put(RescaleType="Z_EFF"))
+    again = read_scan(series)
+    assert again.units is None and "Z_EFF" in words(again)
+
+
+def test_a_rescale_that_is_no_scale_is_refused(series):
+    edit(series, put(RescaleSlope="0"), only={1})
+    with pytest.raises(ScanError, match="rescale"):
+        read_scan(series)
+
+
 def test_mislabelled_modality_is_flagged(series):
     edit(series, put(Modality="MR"))
     again = read_scan(series)

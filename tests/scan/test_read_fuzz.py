@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 
 import numpy as np
@@ -105,9 +106,7 @@ def test_changed_bytes_of_run_length_slices():
     @given(changes)
     def check(where):
         dataset.PixelData = mutated(pixels, where, None, 10**6)
-        try:
+        with contextlib.suppress(ScanError):
             decode_slice(dataset)
-        except ScanError:
-            pass
 
     check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 
 import numpy as np
@@ -19,6 +20,11 @@ def image_of(scan):
     image.SetSpacing(scan.spacing_mm[::-1])
     image.SetOrigin(scan.affine[:3, 3].tolist())
     return image
+
+
+def test_scans_travel_between_processes(scan):
+    again = pickle.loads(pickle.dumps(scan))  # noqa: S301
+    assert np.array_equal(again.array, scan.array) and repr(again) == repr(scan)
 
 
 def test_repr_is_short(scan):
@@ -95,6 +101,15 @@ def test_nrrd_without_directions_is_flagged(tmp_path):
     (tmp_path / "a.nrrd").write_bytes(NRRD.encode() + b"spacings: 1 2 3\n\n" + bytes(range(128)))
     scan = read_scan(tmp_path / "a.nrrd")
     assert scan.orientation == "unknown" and scan.spacing_mm == (3, 2, 1)
+
+
+def test_components_of_nrrd_are_chosen_from(tmp_path):
+    array = np.random.default_rng(0).integers(-1000, 1000, (4, 5, 6, 2)).astype(np.int16)
+    image = sitk.GetImageFromArray(array, isVector=True)
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    with pytest.raises(ScanError, match="frame=0"):
+        read_scan(tmp_path / "a.nrrd")
+    assert np.array_equal(read_scan(tmp_path / "a.nrrd", frame=1).array, array[..., 1])
 
 
 MHA = "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\n"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from med3dvlm.data.phantoms import CONCEPTS, PHANTOM_VERSION, concept_vector, make_study
 from med3dvlm.files import atomic_folder, write_json
@@ -85,7 +86,7 @@ def prepare_phantoms(
         # "spawn": forking a process that has used torch's threads can hang
         context = multiprocessing.get_context("spawn")
         with (
-            context.Pool(workers) as pool,
+            context.Pool(workers, initializer=_one_thread) as pool,
             (temporary / "studies.jsonl").open("w", encoding="utf-8") as lines,
         ):
             for index, (volume, study) in enumerate(pool.imap(_prepare_one, jobs, chunksize=8)):
@@ -105,6 +106,11 @@ def _is_from(folder: Path, source: dict[str, Any], preparation: Preparation) -> 
     if not path.is_file() or json.loads(path.read_text()) != source:
         return False
     return Preparation.load(folder / "preparation.json") == preparation
+
+
+def _one_thread() -> None:
+    """Workers share the cores already; more threads in each would only wait for each other."""
+    torch.set_num_threads(1)
 
 
 def _prepare_one(job: tuple[int, int, str, Preparation]) -> tuple[np.ndarray, dict[str, Any]]:

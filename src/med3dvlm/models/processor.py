@@ -59,8 +59,6 @@ class Med3DVLMProcessor(ProcessorMixin):
         max_text_tokens: texts for a dual encoder are cut to this by whole sentences.
     """
 
-    feature_extractor_class = "VolumeFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(
         self,
@@ -79,6 +77,13 @@ class Med3DVLMProcessor(ProcessorMixin):
     @property
     def preparation(self) -> Preparation:
         return self.feature_extractor.settings
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> Any:
+        """Find our own extractor; the library's search fails where torchvision is missing."""
+        if module_name == VolumeFeatureExtractor.__name__:
+            return VolumeFeatureExtractor
+        return ProcessorMixin.get_possibly_dynamic_module(module_name)
 
     # A published checkpoint can come without its tokenizer, and then still embeds scans; the
     # library's own class insists on one, so three of its methods learn that it may be missing.

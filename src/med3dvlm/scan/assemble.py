@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ def assemble(
     scale: tuple[float, float] = (1.0, 0.0),
     modality: str | None = None,
     orientation: str = "LPS",
+    other_units: str | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Scan:
     """Check, canonicalise and convert a volume.
@@ -49,6 +49,7 @@ def assemble(
         notes: warnings found so far.
         scale: (slope, intercept) from stored values to the file's units.
         orientation: "unknown" where the affine is a guess.
+        other_units: what the file says its values are, where that is not HU.
 
     Raises:
         ScanError: where this is not a volume.
@@ -71,7 +72,11 @@ def assemble(
         notes.append(f"oblique by {angle:.0f}°: kept on its own grid, axes are the nearest ones")
     array = to_float32(view, *scale)
     replace_non_finite(source, array, notes)
-    units, inferred = judge_values(array, voxels.dtype, modality, notes)
+    units, inferred = None, {}
+    if other_units is None:
+        units, inferred = judge_values(array, voxels.dtype, modality, notes)
+    else:
+        notes.append(f"not HU: the file gives its values in {other_units}")
     return Scan(
         array=array,
         spacing_mm=spacing_of(affine),
@@ -81,7 +86,7 @@ def assemble(
         source=source,
         orientation=orientation,
         warnings=tuple(notes),
-        meta=MappingProxyType({**(meta or {}), **inferred}),
+        meta={**(meta or {}), **inferred},
     )
 
 

@@ -19,7 +19,7 @@ MAX_VOXELS = 1_500_000_000
 SMALL_BYTES = 256 * 2**20
 """Below this a claim is harmless, however well the file is compressed."""
 
-MAX_RATIO = 200
+MAX_RATIO = 100
 """Real scans compress 2 to 20 times; a large block that claims more is a bomb."""
 
 MAX_TRAILING = 16 * 2**20

@@ -19,7 +19,7 @@ import pydicom
 from pydicom.uid import UID
 
 from med3dvlm.scan.assemble import AIR_HU, assemble, check_volume
-from med3dvlm.scan.blocks import MAX_RATIO, SMALL_BYTES, check_claim
+from med3dvlm.scan.blocks import SMALL_BYTES, check_claim
 from med3dvlm.scan.dicom_pixels import (
     functional_groups,
     read_dataset,
@@ -34,6 +34,8 @@ Progress = Callable[[int, int], None]
 
 MAX_FILES = 100_000
 MAX_ZIP_BYTES = 8 * 2**30
+ZIP_RATIO = 50
+"""DICOM slices in a zip shrink 2 to 10 times."""
 
 SAME_PLACE_MM = 0.01
 EVEN = 0.02
@@ -70,7 +72,7 @@ HEADER_TAGS = [
     "PatientPosition", "GantryDetectorTilt", "ImagePositionPatient", "ImageOrientationPatient",
     "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "BitsAllocated", "BitsStored",
     "SamplesPerPixel", "PixelRepresentation", "PhotometricInterpretation", "PixelPaddingValue",
-    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 META = {
@@ -157,6 +159,7 @@ def _read(
         source=name,
         notes=notes,
         modality=_modality(headers[0].dataset, notes),
+        other_units=_other_units(slices[0]),
         meta=_meta(headers[0].dataset, len(slices)),
     )
 
@@ -167,7 +170,7 @@ def _read(
 def _items(path: Path, stack: ExitStack) -> Iterable[Item]:
     """The files of a folder (and its folders), of a zip, or of a file's own folder."""
     if path.is_dir():
-        return _files_under(path)
+        return files_under(path)
     if zipfile.is_zipfile(path) and not is_dicom(path):
         return _zip_members(path, stack)
     beside = [one for one in sorted(path.parent.iterdir()) if _is_regular(one)]
@@ -184,9 +187,11 @@ def is_dicom(path: Path) -> bool:
 
 
 def starts_as_dicom(start: bytes) -> bool:
-    # without a preamble: group 2 or 8, a small element number
-    bare = start[:2] in (b"\x02\x00", b"\x08\x00") and len(start) > 8 and start[3:4] == b"\x00"
-    return start[128:132] == b"DICM" or bare
+    if start[128:132] == b"DICM":
+        return True
+    # without a preamble: an element of group 2 or 8, its value of known type or short
+    bare = len(start) > 16 and start[:2] in (b"\x02\x00", b"\x08\x00") and start[3] == 0
+    return bare and (start[4:6].isupper() or int.from_bytes(start[4:8], "little") < 256)
 
 
 def _is_regular(path: Path) -> bool:
@@ -196,7 +201,8 @@ def _is_regular(path: Path) -> bool:
         return False
 
 
-def _files_under(folder: Path) -> Iterator[Item]:
+def files_under(folder: Path) -> Iterator[Item]:
+    """The DICOM files of a folder and of the folders in it."""
     count = 0
     for parent, folders, files in os.walk(folder):
         folders.sort()
@@ -216,7 +222,12 @@ def _zip_members(path: Path, stack: ExitStack) -> Iterator[Item]:
         archive = stack.enter_context(zipfile.ZipFile(path))
         members = [info for info in archive.infolist() if not info.is_dir()]
         total, stored = sum(info.file_size for info in members), path.stat().st_size
-        if total > MAX_ZIP_BYTES or (total > SMALL_BYTES and total > MAX_RATIO * stored):
+        largest = max(members, key=lambda info: info.file_size, default=None)
+        if largest and largest.file_size > 64 * 2**20:
+            unfolds = largest.file_size > ZIP_RATIO * largest.compress_size
+        else:
+            unfolds = total > SMALL_BYTES and total > ZIP_RATIO * stored
+        if total > MAX_ZIP_BYTES or unfolds:
             raise ScanError(
                 f"{path}: its members claim {total} bytes out of {stored}: a decompression bomb, "
                 "not a scan; if it is real, unpack it and give the folder."
@@ -575,7 +586,7 @@ def _decode(
         for frame, stored in enumerate(stored_frames(header.item.name, dataset)):
             if frame in wanted:
                 k = wanted.pop(frame)
-                volume[k], inverted[k] = _physical(stored, dataset, frame)
+                volume[k], inverted[k] = _physical(header.item.name, stored, dataset, frame)
         if wanted:
             raise ScanError(
                 f"{header.item.name}: frame {min(wanted)} is missing; it is truncated, copy it "
@@ -587,11 +598,16 @@ def _decode(
     return volume
 
 
-def _physical(stored: np.ndarray, dataset: pydicom.Dataset, frame: int) -> tuple[np.ndarray, float]:
+def _physical(
+    name: str, stored: np.ndarray, dataset: pydicom.Dataset, frame: int
+) -> tuple[np.ndarray, float]:
     """(H, W) in physical units, and for MONOCHROME1 the sum that inverts it, else NaN."""
     slope, intercept = rescale_of(dataset, frame)
-    if not (math.isfinite(slope) and math.isfinite(intercept)):
-        slope, intercept = 1.0, 0.0
+    if not (math.isfinite(slope) and math.isfinite(intercept)) or slope == 0:
+        raise ScanError(
+            f"{name}: its rescale (slope {slope:g}, intercept {intercept:g}) is no scale; export "
+            "the original series again."
+        )
     plane = rescaled(stored, dataset, slope, intercept)
     if dataset.get("PhotometricInterpretation", "") == "MONOCHROME1":
         low, high = stored_range(dataset)
@@ -765,6 +781,17 @@ def _modality(dataset: pydicom.Dataset, notes: list[str]) -> str | None:
             + ("Modality is believed" if given else "the class is believed")
         )
     return given or implied
+
+
+def _other_units(one: Slice) -> str | None:
+    """The RescaleType where it is neither HU nor unspecified: spectral and perfusion maps."""
+    dataset = one.header.dataset
+    kinds = [dataset.get("RescaleType", None)]
+    for group in functional_groups(dataset, one.frame):
+        for transform in group.get("PixelValueTransformationSequence", None) or ():
+            kinds.append(transform.get("RescaleType", None))
+    kind = str(next((kind for kind in kinds if kind), "")).upper()
+    return kind if kind not in ("", "HU", "US") else None
 
 
 def _meta(dataset: pydicom.Dataset, count: int) -> dict[str, Any]:

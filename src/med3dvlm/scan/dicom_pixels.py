@@ -205,7 +205,7 @@ def rescale_of(dataset: pydicom.Dataset, frame: int = 0) -> tuple[float, float]:
             )
     slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
     slope = 1.0 if slope is None else float(slope)
-    return slope or 1.0, 0.0 if intercept is None else float(intercept)
+    return slope, 0.0 if intercept is None else float(intercept)
 
 
 def functional_groups(dataset: pydicom.Dataset, frame: int) -> list[pydicom.Dataset]:

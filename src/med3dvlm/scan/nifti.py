@@ -20,6 +20,9 @@ from med3dvlm.scan.geometry import RAS_TO_LPS
 from med3dvlm.scan.scan import Scan, ScanError
 
 HEADER_BYTES = {348: Nifti1Header, 540: Nifti2Header}
+MAX_OFFSET = 64 * 2**20
+"""Where voxels begin at the latest; header extensions are kilobytes."""
+
 UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """xyzt_units, lowest three bits: unknown (taken as mm), metre, mm, micrometre."""
 
@@ -202,7 +205,7 @@ def _dtype(name: str, header: Nifti1Header, notes: list[str]) -> np.dtype:
 def _voxel_offset(name: str, header: Nifti1Header, *, single: bool) -> int:
     offset = float(header["vox_offset"])
     least = int(header["sizeof_hdr"]) if single else 0
-    if not math.isfinite(offset) or offset < 0 or offset > 2**40 or 0 < offset < least:
+    if not math.isfinite(offset) or offset < 0 or offset > MAX_OFFSET or 0 < offset < least:
         raise ScanError(f"{name}: its voxels begin at byte {offset:g}; the header is corrupt.")
     # some writers leave 0: the voxels then follow the header and its extension flag
     return int(offset) or (least + 4 if single else 0)

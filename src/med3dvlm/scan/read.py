@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from med3dvlm.scan.dicom import is_dicom, read_dicom, starts_as_dicom
+from med3dvlm.scan.dicom import files_under, read_dicom, starts_as_dicom
 from med3dvlm.scan.itk import read_metaimage, read_nrrd
 from med3dvlm.scan.nifti import looks_like_nifti, read_nifti
 from med3dvlm.scan.npy import read_npy
@@ -126,7 +126,8 @@ def _read_folder(
 ) -> Scan:
     files = sorted(file for file in folder.iterdir() if file.is_file())
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    if pictures and not any(is_dicom(file) for file in files):
+    # one preview picture beside DICOM folders is no slice folder
+    if pictures and next(iter(files_under(folder)), None) is None:
         if series is not None or frame is not None:
             raise ScanError(f"{folder}: series= and frame= are not for slice folders.")
         return read_slices(folder, pictures)
