@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from med3dvlm.scan import PRESETS, Scan, ScanError, prepare, read_scan, save_dicom_series
-from med3dvlm.scan.dicom import is_dicom
+from med3dvlm.scan.dicom_series import is_dicom
 from med3dvlm.scan.slices import PICTURES
 
 LIMIT_GB = 3.0

@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, make_scan
 from torch.nn.functional import interpolate
 
 from med3dvlm.scan import (
@@ -22,6 +21,7 @@ from med3dvlm.scan import (
     prepared_affine,
     read_scan,
 )
+from tests.scan.samples import DATA, make_scan
 
 
 def plain(**settings) -> Preparation:

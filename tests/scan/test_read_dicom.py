@@ -10,7 +10,6 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from conftest import DATA, make_scan
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import EnhancedCTImageStorage, RLELossless, SecondaryCaptureImageStorage
@@ -23,6 +22,7 @@ from med3dvlm.scan import (
     save_nifti,
     save_nrrd,
 )
+from tests.scan.samples import DATA, make_scan
 
 
 @pytest.fixture
@@ -261,6 +261,15 @@ def test_enhanced_multi_frame_that_claims_too_much(series, tmp_path):
     dataset.NumberOfFrames = 900_000
     dataset.save_as(tmp_path / "a.dcm")
     with pytest.raises(ScanError, match="truncated"):
+        read_scan(tmp_path / "a.dcm")
+
+
+def test_multi_frame_without_positions(series, tmp_path):
+    enhanced(series, tmp_path / "a.dcm")
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    del dataset.PerFrameFunctionalGroupsSequence
+    dataset.save_as(tmp_path / "a.dcm")
+    with pytest.raises(ScanError, match="where each of them lies"):
         read_scan(tmp_path / "a.dcm")
 
 

@@ -8,11 +8,11 @@ import time
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import DATA, make_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from med3dvlm.scan import ScanError, read_scan, save_nifti
+from tests.scan.samples import DATA, make_scan
 
 DERIVED = DATA / "nifti_derived"
 

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from conftest import make_scan
 from PIL import Image
 
 from med3dvlm.scan import ScanError, read_scan, save_nrrd
+from tests.scan.samples import make_scan
 
 
 def image_of(scan):

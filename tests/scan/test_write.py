@@ -6,9 +6,9 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from conftest import make_scan
 
 from med3dvlm.scan import read_scan, save_dicom_series, save_nifti, save_nrrd
+from tests.scan.samples import make_scan
 
 
 def test_nifti_is_right_for_nibabel(tmp_path, scan):

@@ -9,7 +9,6 @@ The language model is any causal LM of transformers, chosen by `text_config`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,14 +111,6 @@ class Answer(str):
         answer.confidence = confidence
         answer.choices = list(choices)
         return answer
-
-
-@dataclass
-class _Continuations:
-    """Token log-probabilities of targets after prompts: sums, and numbers of tokens."""
-
-    log_probs: Tensor
-    lengths: Tensor
 
 
 class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
@@ -392,8 +383,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     def _choose(self, visual: Tensor, question: str, choices: list[str]) -> Answer:
         lettered = self.processor.lettered(choices)
         prompt = self.processor.closed_question(question, choices)
-        scores = self._score(visual, prompt, lettered).log_probs
-        shares = scores.softmax(0).tolist()
+        shares = self.likelihoods(visual, prompt, lettered)
         best = max(range(len(choices)), key=shares.__getitem__)
         return Answer(
             lettered[best],
@@ -401,8 +391,13 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             choices=list(zip(choices, shares, strict=True)),
         )
 
-    def _score(self, visual: Tensor, instruction: str, targets: list[str]) -> _Continuations:
-        """Log-likelihood of each target text after one prompt, in one batch."""
+    @torch.inference_mode()
+    def likelihoods(self, visual: Tensor, instruction: str, targets: list[str]) -> list[float]:
+        """How likely each text follows the instruction, as shares that add up to 1.
+
+        Args:
+            visual: (1, N, width), from :meth:`see`.
+        """
         batch = self.processor.training_batch([instruction] * len(targets), targets)
         batch = batch.to(self.device)
         self._check_length(batch["input_ids"].shape[1])
@@ -414,8 +409,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         labels = batch["labels"][:, 1:]
         log_probs = logits[:, :-1].float().log_softmax(-1)
         taken = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        counted = labels >= 0
-        return _Continuations((taken * counted).sum(1), counted.sum(1))
+        return (taken * (labels >= 0)).sum(1).softmax(0).tolist()
 
     def _check_length(self, length: int) -> None:
         limit = getattr(self.config.text_config, "max_position_embeddings", None)

@@ -59,7 +59,6 @@ class Med3DVLMProcessor(ProcessorMixin):
         max_text_tokens: texts for a dual encoder are cut to this by whole sentences.
     """
 
-
     def __init__(
         self,
         feature_extractor: Any = None,

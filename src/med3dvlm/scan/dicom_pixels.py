@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -34,11 +33,9 @@ def read_dataset(name: str, data: bytes, **options: Any) -> pydicom.Dataset:
     """
     _check_deflated(name, data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = pydicom.dcmread(io.BytesIO(data), force=True, **options)
-            _set_transfer_syntax(dataset)
-            return dataset
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True, **options)
+        _set_transfer_syntax(dataset)
+        return dataset
     except Exception as error:  # corrupt files make pydicom raise nearly anything
         raise ScanError(
             f"{name}: it cannot be parsed as DICOM ({_short(error)}); copy it again."
@@ -93,9 +90,7 @@ def stored_frames(name: str, dataset: pydicom.Dataset) -> Iterator[np.ndarray]:
         ScanError: where pixels are missing, damaged, of colour or in an unknown compression.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield from _decoded(name, dataset)
+        yield from _decoded(name, dataset)
     except ScanError:
         raise
     except BaseException as error:  # every decoder has errors of its own

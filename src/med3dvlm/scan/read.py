@@ -10,7 +10,8 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from med3dvlm.scan.dicom import files_under, read_dicom, starts_as_dicom
+from med3dvlm.scan.dicom import read_dicom
+from med3dvlm.scan.dicom_series import files_under, starts_as_dicom
 from med3dvlm.scan.itk import read_metaimage, read_nrrd
 from med3dvlm.scan.nifti import looks_like_nifti, read_nifti
 from med3dvlm.scan.npy import read_npy

@@ -1,0 +1,14 @@
+"""Search: an index of embedded studies, and how it is built."""
+
+from med3dvlm.search.build import BuildResult, build_index, find_scans
+from med3dvlm.search.index import Hit, SearchIndex, SearchIndexError, Study
+
+__all__ = [
+    "BuildResult",
+    "Hit",
+    "SearchIndex",
+    "SearchIndexError",
+    "Study",
+    "build_index",
+    "find_scans",
+]
