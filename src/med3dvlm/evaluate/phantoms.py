@@ -18,6 +18,7 @@ from med3dvlm.evaluate.tables import Results
 from med3dvlm.evaluate.vqa import Answered, closed_table, yes_no_table
 from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
 
+POOLS = (100, 500, 1000, 2000)
 CAVEAT = "generated phantoms, the same generator as in training; no patients"
 
 
@@ -62,7 +63,8 @@ def evaluate_on_phantoms(
             "data": CAVEAT,
         }
     )
-    results.add("Retrieval", retrieval_table(np.concatenate(images), texts))
+    pools = [pool for pool in POOLS if pool <= count] or [count]
+    results.add("Retrieval", retrieval_table(np.concatenate(images), texts, pools=pools))
     results.add("Closed questions, by likelihood", closed_table(closed))
     results.add("Yes or no, by likelihood", yes_no_table(*zip(*yes_no, strict=True)))
     truth = [{name: study.truth.has(name) for name in FINDINGS} for study in studies]

@@ -1,0 +1,205 @@
+"""Training: recipes, the three stages end to end on a handful of phantoms, resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from med3dvlm import hub
+from med3dvlm.data.store import Store, StoreError, prepare_phantoms
+from med3dvlm.scan import Preparation
+from med3dvlm.train import RecipeError, load_recipe, train
+from med3dvlm.train.engine import freeze_all_but
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
+SMALL = Preparation(
+    size=(16, 32, 32),
+    window=((-1000, 0), (1000, 1)),
+    spacing_mm=(24.0, 12.6, 12.6),
+    fit="pad",
+    antialias=True,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("store") / "phantoms"
+    prepare_phantoms(folder, 8, split="train", preparation=SMALL, workers=1)
+    return folder
+
+
+def recipe(tmp_path: Path, store: Path, **changes) -> Path:
+    settings = {
+        "stage": "contrastive",
+        "output": str(tmp_path / "contrastive"),
+        "preparation": SMALL.to_dict(),
+        "tokenizer_size": 500,
+        "model": {
+            "vision_config": {
+                "variant": "t",
+                "depths": [1] * 5,
+                "channels": [8, 8, 8, 16, 16],
+            },
+            "text_config": {"dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 2},
+            "projection_dim": 16,
+            "concept_loss_weight": 1.0,
+        },
+        "data": {"store": str(store), "studies": 8, "workers": 1},
+        "training": {
+            "batch_size": 4,
+            "epochs": 2,
+            "loggers": [],
+            "save_steps": 2,
+            "log_steps": 1,
+        },
+        **changes,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def language_recipe(tmp_path: Path, store: Path, stage: str, start: str, **changes) -> Path:
+    model = {
+        "low_tokens": [6, 4],
+        "high_tokens": [3, 4],
+        "text_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
+    }
+    settings = {
+        "stage": stage,
+        "start": str(tmp_path / start),
+        "output": str(tmp_path / stage),
+        "preparation": {},
+        "train": ["projector", "language_model"],
+        "model": model if stage == "alignment" else {},
+        **changes,
+    }
+    return recipe(tmp_path, store, **settings)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def test_three_stages_end_to_end(tmp_path, store):
+    dual = train(load_recipe(recipe(tmp_path, store)))
+    aligned = train(load_recipe(language_recipe(tmp_path, store, "alignment", "contrastive")))
+    for name, tensor in dual.vision_encoder.state_dict().items():
+        assert torch.equal(aligned.vision_encoder.state_dict()[name], tensor), name
+    tasks = {"report": 1, "closed": 1, "open": 1, "yes_no": 1}
+    path = language_recipe(
+        tmp_path,
+        store,
+        "instruction",
+        "alignment",
+        train=["projector", "language_model", "vision_encoder"],
+        data={"store": str(store), "studies": 8, "tasks": tasks},
+    )
+    tuned = train(load_recipe(path))
+    moved = [
+        name
+        for name, tensor in aligned.state_dict().items()
+        if not torch.equal(tensor, tuned.state_dict()[name])
+    ]
+    assert {name.split(".")[0] for name in moved} == {
+        "vision_encoder",
+        "projector",
+        "language_model",
+    }
+    saved = hub.load(tmp_path / "instruction")
+    assert saved.fingerprint() == tuned.fingerprint()
+    summary = json.loads((tmp_path / "instruction" / "training.json").read_text())
+    assert summary["recipe"]["data"]["tasks"] == tasks
+
+
+def test_lora_changes_the_language_model_through_adapters_alone(tmp_path, store):
+    train(load_recipe(recipe(tmp_path, store)))
+    before = train(load_recipe(language_recipe(tmp_path, store, "alignment", "contrastive")))
+    before = weights(before)
+    path = language_recipe(
+        tmp_path,
+        store,
+        "instruction",
+        "alignment",
+        train=["projector"],
+        lora={"r": 2},
+        training={"batch_size": 4, "epochs": 2, "loggers": [], "learning_rate": 1e-2},
+    )
+    after = weights(train(load_recipe(path)))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj.weight" in name for name in changed)
+    assert any(name.startswith("projector.") for name in changed)
+    assert not any("embed_tokens" in name or "vision_encoder" in name for name in changed)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, store):
+    path = recipe(tmp_path, store)
+    whole = weights(train(load_recipe(path)))
+    checkpoints = tmp_path / "contrastive" / "checkpoints"
+    assert (checkpoints / "checkpoint-4").is_dir()
+    shutil.rmtree(tmp_path / "contrastive")
+    train(load_recipe(path, ["training.max_steps=2"]))
+    assert (checkpoints / "checkpoint-2").is_dir()
+    train(load_recipe(path))
+    state = json.loads((checkpoints / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert whole.keys() == weights(hub.load(tmp_path / "contrastive")).keys()
+
+
+def test_time_limit_ends_a_run(tmp_path, store):
+    path = recipe(
+        tmp_path,
+        store,
+        training={"batch_size": 4, "epochs": 10000, "max_minutes": 0.03, "loggers": []},
+    )
+    train(load_recipe(path))
+    assert (tmp_path / "contrastive" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["contrastive", "alignment", "instruction"])
+def test_the_committed_recipes_can_be_read(name):
+    assert load_recipe(RECIPES / f"{name}.yaml").stage == name
+
+
+def test_recipes_that_cannot_be_followed(tmp_path, store):
+    path = recipe(tmp_path, store)
+    with pytest.raises(RecipeError, match="lerning_rate"):
+        load_recipe(path, ["training.lerning_rate=1"])
+    with pytest.raises(RecipeError, match="batch_size"):
+        load_recipe(path, ["training.batch_size=many"])
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="stage 'pretraining' is unknown"):
+        load_recipe(path, ["stage=pretraining"])
+    with pytest.raises(RecipeError, match="precision"):
+        train(load_recipe(path, ["training.precision=fp8"]))
+    with pytest.raises(RecipeError, match="'decoder' is no part"):
+        freeze_all_but(torch.nn.Sequential(), ["decoder"])
+
+
+def test_the_store_is_kept_and_checked(tmp_path, store):
+    opened = Store(store)
+    assert len(opened) == 8 and opened.volumes.dtype == np.uint8
+    stamp = (store / "volumes.npy").stat().st_mtime_ns
+    prepare_phantoms(store, 8, split="train", preparation=SMALL, workers=1)
+    assert (store / "volumes.npy").stat().st_mtime_ns == stamp
+    other = Preparation.from_dict({**SMALL.to_dict(), "size": [8, 8, 8]})
+    with pytest.raises(ValueError, match="size"):
+        opened.check_preparation(other)
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(StoreError, match="prepare it again"):
+        Store(tmp_path / "broken")
