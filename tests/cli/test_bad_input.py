@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from med3dvlm.data.phantoms import make_study
-from med3dvlm.data.store import phantom_scan
 from med3dvlm.scan import save_dicom_series
 
 SECONDS, MEGABYTES = 5, 1000
@@ -60,7 +59,7 @@ def truncated_dicom(folder: Path) -> Path:
 
 def dicom(folder: Path) -> Path:
     study = make_study(0, shape=(8, 16, 16))
-    save_dicom_series(phantom_scan(study), folder)
+    save_dicom_series(study.scan(), folder)
     return folder
 
 

@@ -29,7 +29,6 @@ def demo(
     Example: `med3dvlm demo`
     """
     from med3dvlm.data.phantoms import make_study
-    from med3dvlm.data.store import phantom_scan
 
     out = Console()
     path = scan or str(files("med3dvlm") / REAL_CT)
@@ -45,7 +44,7 @@ def demo(
 
     out.rule("2. A phantom, whose truth is known")
     study = make_study(3, split="test")
-    phantom = phantom_scan(study)
+    phantom = study.scan()
     out.print(Panel(escape(study.report), title="Its true report", border_style="green"))
     _report(out, vlm, phantom, output / "phantom.png", "The model's draft")
 

@@ -20,7 +20,7 @@ import torch
 
 from med3dvlm.data.phantoms import CONCEPTS, PHANTOM_VERSION, concept_vector, make_study
 from med3dvlm.files import atomic_folder, write_json
-from med3dvlm.scan import Preparation, Scan, compare_preparations, prepare
+from med3dvlm.scan import Preparation, compare_preparations, prepare
 
 Progress = Callable[[int, int], None]
 
@@ -116,7 +116,7 @@ def _one_thread() -> None:
 def _prepare_one(job: tuple[int, int, str, Preparation]) -> tuple[np.ndarray, dict[str, Any]]:
     index, seed, split, preparation = job
     study = make_study(index, seed=seed, split=split)
-    volume = prepare(phantom_scan(study), preparation)[0]
+    volume = prepare(study.scan(), preparation)[0]
     texts = {
         "id": study.study_id,
         "report": study.report,
@@ -125,15 +125,3 @@ def _prepare_one(job: tuple[int, int, str, Preparation]) -> tuple[np.ndarray, di
         "concepts": concept_vector(study).astype(int).tolist(),
     }
     return np.round(volume * 255).astype(np.uint8), texts
-
-
-def phantom_scan(study: Any) -> Scan:
-    """A generated study as what :func:`med3dvlm.read_scan` would give for its file."""
-    return Scan(
-        array=study.array,
-        spacing_mm=study.spacing_mm,
-        affine=study.affine,
-        modality="CT",
-        units="HU",
-        source=study.study_id,
-    )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from med3dvlm.data.phantoms import FINDINGS, PHANTOM_VERSION, find_findings, make_study
-from med3dvlm.data.store import Progress, phantom_scan
+from med3dvlm.data.store import Progress
 from med3dvlm.evaluate.report import finding_table
 from med3dvlm.evaluate.retrieval import retrieval_table
 from med3dvlm.evaluate.tables import Results
@@ -43,7 +43,7 @@ def evaluate_on_phantoms(
     yes_no: list[tuple[bool, bool]] = []
     for start in range(0, count, batch_size):
         part = studies[start : start + batch_size]
-        scans = [phantom_scan(study) for study in part]
+        scans = [study.scan() for study in part]
         images.append(dual.embed_scans(scans, batch_size=batch_size))
         visual = vlm.see(scans)
         reports += vlm.report(visual)

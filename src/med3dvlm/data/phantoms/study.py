@@ -18,6 +18,7 @@ from med3dvlm.data.phantoms.language import (
     write_questions,
     write_report,
 )
+from med3dvlm.scan import Scan
 
 PHANTOM_VERSION = 1
 SPLITS = ("train", "validation", "test")
@@ -93,6 +94,17 @@ class PhantomStudy:
     def array(self) -> np.ndarray:
         scanned = self._blur(self.torso() + self._noise())
         return np.clip(scanned, -1024, 3071, out=scanned)
+
+    def scan(self) -> Scan:
+        """The study as :func:`med3dvlm.read_scan` would give it for its file."""
+        return Scan(
+            array=self.array,
+            spacing_mm=self.spacing_mm,
+            affine=self.affine,
+            modality="CT",
+            units="HU",
+            source=self.study_id,
+        )
 
     def torso(self, without: str | None = None) -> np.ndarray:
         """The torso before the scanner, HU (D, H, W), optionally without one finding."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from PIL import Image
 
 from med3dvlm.data.phantoms.anatomy import PLANES
 from med3dvlm.data.phantoms.study import PhantomError, PhantomStudy, make_study
 from med3dvlm.files import atomic_file, atomic_folder, write_json
+from med3dvlm.scan import save_nifti
 
 LAYOUTS = ("nifti", "m3d")
 VQA_COLUMNS = (
@@ -78,9 +79,8 @@ def _write_nifti(study: PhantomStudy, folder: Path) -> dict:
     target = folder / study.study_id
     if not target.is_dir():
         with atomic_folder(target) as temporary:
-            flip = np.diag([-1.0, -1.0, 1.0, 1.0])  # LPS to the RAS of NIfTI
-            data = np.round(study.array).astype(np.int16).transpose(2, 1, 0)
-            nib.save(nib.Nifti1Image(data, flip @ study.affine), temporary / "ct.nii.gz")
+            whole = replace(study.scan(), array=np.round(study.array))
+            save_nifti(whole, temporary / "ct.nii.gz")
             (temporary / "report.txt").write_text(study.report + "\n", "utf-8")
             write_json(temporary / "truth.json", _truth(study))
             _write_rows(temporary / "questions.csv", _question_rows(study, "ct.nii.gz"))
