@@ -44,6 +44,17 @@ def test_streams_have_the_sizes_the_config_says():
     assert (low.shape[2], high.shape[2]) == model.config.stream_channels
 
 
+@pytest.mark.parametrize("pooling", ["mean", "multiscale"])
+def test_pooled_state_has_the_width_the_config_says(pooling):
+    model = tiny(pooling=pooling)
+    streams = model(torch.rand(2, 1, 32, 64, 64))
+    pooled = model.pool(streams)
+    assert pooled.shape == (2, model.config.hidden_size)
+    assert torch.equal(pooled[:, :256], streams[-1].mean(dim=1))
+    if pooling == "multiscale":
+        assert torch.equal(pooled[:, 256:320], streams[2].amax(dim=1))
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.tuples(*[st.integers(17, 70)] * 3))
 def test_any_volume_size_works_and_the_config_knows_its_tokens(size):
@@ -154,5 +165,7 @@ def test_unknown_settings_are_refused():
         DCFormerConfig(variant="huge")
     with pytest.raises(ValueError, match="stem_activation"):
         DCFormerConfig(stem_activation="relu")
+    with pytest.raises(ValueError, match="pooling 'sum'"):
+        DCFormerConfig(pooling="sum")
     with pytest.raises(ValueError, match="does not divide"):
         ViT3DConfig(volume_size=(100, 256, 256))

@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "large": ((1, 2, 6, 12, 2), (64, 256, 512, 1024, 2048)),
 }
 STEM_ACTIVATIONS = ("gelu", "none")
+POOLINGS = ("mean", "multiscale")
 AXES = ("depth", "height", "width")
 
 
@@ -38,6 +39,9 @@ class DCFormerConfig(PretrainedConfig):
         stem_antialias: let the first layer of the stem average over what it strides across.
             Without it the stem reads only 15.6% of the voxels, so small lesions can fall
             between its samples. Never with published weights.
+        pooling: what stands for the whole volume. "mean" is the paper's: the mean over the stage-4
+            tokens. "multiscale" puts the maxima over the tokens of stages 2, 3 and 4 beside it, so
+            that a small lesion is not averaged away.
         volume_size: (D, H, W) the model was made for; the encoder itself takes any size.
     """
 
@@ -54,6 +58,7 @@ class DCFormerConfig(PretrainedConfig):
         stem_stride: int = 4,
         stem_activation: str = "gelu",
         stem_antialias: bool = False,
+        pooling: str = "mean",
         layer_scale_init: float = 1e-6,
         initializer_range: float = 0.02,
         volume_size: tuple[int, ...] | list[int] = (128, 256, 256),
@@ -69,6 +74,8 @@ class DCFormerConfig(PretrainedConfig):
                 f"stem_activation {stem_activation!r} is unknown: use 'gelu' or, for published "
                 "weights, 'none'."
             )
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling {pooling!r} is unknown: use {' or '.join(POOLINGS)}.")
         self.variant = variant
         self.depths = list(depths or VARIANTS[variant][0])
         self.channels = list(channels or VARIANTS[variant][1])
@@ -78,6 +85,7 @@ class DCFormerConfig(PretrainedConfig):
         self.stem_stride = stem_stride
         self.stem_activation = stem_activation
         self.stem_antialias = stem_antialias
+        self.pooling = pooling
         self.layer_scale_init = layer_scale_init
         self.initializer_range = initializer_range
         self.volume_size = list(volume_size)
@@ -85,8 +93,10 @@ class DCFormerConfig(PretrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the last stage, the one that is pooled."""
-        return self.channels[-1]
+        """Width of the pooled state."""
+        if self.pooling == "mean":
+            return self.channels[-1]
+        return self.channels[-1] + sum(self.channels[2:])
 
     @property
     def stream_channels(self) -> tuple[int, int]:
@@ -288,8 +298,11 @@ class DCFormer(PreTrainedModel):
         return streams
 
     def pool(self, streams: list[Tensor]) -> Tensor:
-        """What stands for the whole volume: the mean over the stage-4 tokens, (B, C_4)."""
-        return streams[-1].mean(dim=1)
+        """What stands for the whole volume, (B, hidden_size): see the config's `pooling`."""
+        mean = streams[-1].mean(dim=1)
+        if self.config.pooling == "mean":
+            return mean
+        return torch.cat([mean, *(stream.amax(dim=1) for stream in streams[2:])], dim=1)
 
     def streams(self, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(low, high), what the projector reads: stages 3 and 4."""
