@@ -129,7 +129,7 @@ def encode_store(
     model.eval()
     low_parts, high_parts = [], []
     for i in range(0, len(store), batch_size):
-        volumes = torch.from_numpy(store.volumes[i : i + batch_size]).unsqueeze(1)
+        volumes = torch.from_numpy(np.array(store.volumes[i : i + batch_size])).unsqueeze(1)
         low, high = model.encode(model._to_device(volumes.float().div_(255)))
         low_parts.append(low.half().cpu().numpy())
         high_parts.append(high.half().cpu().numpy())

@@ -94,7 +94,8 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
         )
         recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split("\n")[:1])
+        key = getattr(error, "full_key", None)
+        reason = (f"{key}: " if key else "") + str(error).split("\n", 1)[0].rstrip(".")
         raise RecipeError(f"{path} cannot be followed: {reason}.") from error
     if recipe.stage not in STAGES:
         raise RecipeError(
