@@ -102,11 +102,12 @@ def _slice(scan: Scan, z: int, stored: np.ndarray) -> pydicom.Dataset:
     dataset = pydicom.Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID = classes.get(scan.modality or "", SecondaryCaptureImageStorage)
+    modality = scan.modality or ("CT" if scan.units == "HU" else "OT")  # only CT is in HU
+    dataset.SOPClassUID = classes.get(modality, SecondaryCaptureImageStorage)
     dataset.SOPInstanceUID = generate_uid()
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.Modality = scan.modality or "OT"
+    dataset.Modality = modality
     dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     dataset.Manufacturer = "med3dvlm"
     dataset.PatientPosition = "HFS"
