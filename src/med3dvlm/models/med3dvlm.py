@@ -344,15 +344,15 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     ) -> list[Answer]:
         prompts = self.processor.prompts(instructions).to(self.device)
         self._check_length(prompts["input_ids"].shape[1])
-        out = self.generate(
-            **prompts,
-            visual_tokens=visual,
-            generation_config=self._greedy(),
+        settings = self._greedy()
+        settings.update(
             max_new_tokens=max_new_tokens,
-            streamer=streamer,
             return_dict_in_generate=True,
             output_logits=True,
             **generation,
+        )
+        out = self.generate(
+            **prompts, visual_tokens=visual, generation_config=settings, streamer=streamer
         )
         new = out.sequences[:, prompts["input_ids"].shape[1] :]
         log_probs = torch.stack(out.logits, dim=1).float().log_softmax(-1)

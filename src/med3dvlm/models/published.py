@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from med3dvlm.files import atomic_folder, write_json
 from med3dvlm.models.dcformer import VARIANTS, DCFormer, DCFormerConfig
@@ -308,6 +309,7 @@ def _fill(
     """A model of `config` that holds exactly `weights`, in their own precision."""
     with torch.device("meta"):
         check_weights(weights, cls(config), rules=rules)
+    disable_progress_bar()  # the weights are in memory already; callers show their own
     floating = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
     return cls.from_pretrained(None, config=config, state_dict=weights, dtype=floating).eval()
 

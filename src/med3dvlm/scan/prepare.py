@@ -14,13 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from med3dvlm.files import write_json
 from med3dvlm.scan.scan import NotHounsfieldWarning, Scan, ScanError
+
+if TYPE_CHECKING:
+    import torch
 
 CHOICES = {
     "intensity": ("window", "minmax", "percentile"),
@@ -151,6 +153,8 @@ def prepare(scan: Scan, preparation: Preparation) -> np.ndarray:
     """
     mapping = _intensity_map(scan, preparation)
     plan = _plan(scan, preparation, mapping)
+    import torch  # here, so that a scan that cannot be read is refused at once
+
     volume = torch.from_numpy(_readable(scan.array))
     # the axis that shrinks most first, so that the next ones have less to do
     for axis in sorted(range(3), key=lambda axis: plan[axis].shrinks):
@@ -308,6 +312,8 @@ def _resample_axis(
     """Linear resampling of one axis as a matrix product: exact, and fast for every layout."""
     if plan.step == 1.0 and plan.first == int(plan.first):
         return volume.narrow(axis, int(plan.first), plan.count)
+    import torch
+
     weights = _weights(plan, antialias=antialias)
     used = np.flatnonzero(weights.any(axis=0))
     low, high = int(used[0]), int(used[-1]) + 1
