@@ -24,6 +24,9 @@ def build(
     allow_unreadable: Annotated[
         bool, typer.Option(help="Exit 0 although some scans could not be read.")
     ] = False,
+    allow_outside: Annotated[
+        bool, typer.Option(help="Follow paths and links that lead out of the source's folder.")
+    ] = False,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -35,7 +38,14 @@ def build(
 
     dual = common.load_dual_encoder(model, device)
     with common.progress_bar("embedding") as progress:
-        result = build_index(source, dual, output, batch_size=batch_size, progress=progress)
+        result = build_index(
+            source,
+            dual,
+            output,
+            batch_size=batch_size,
+            allow_outside=allow_outside,
+            progress=progress,
+        )
     if as_json:
         common.print_json(
             {

@@ -18,7 +18,6 @@ from med3dvlm.evaluate.tables import Results
 from med3dvlm.evaluate.vqa import Answered, closed_table, yes_no_table
 from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
 
-POOLS = (100, 500, 1000, 2000)
 CAVEAT = "generated phantoms, the same generator as in training; no patients"
 
 
@@ -63,10 +62,10 @@ def evaluate_on_phantoms(
             "data": CAVEAT,
         }
     )
-    pools = [pool for pool in POOLS if pool <= count] or [count]
-    results.add("Retrieval", retrieval_table(np.concatenate(images), texts, pools=pools))
+    results.add("Retrieval", retrieval_table(np.concatenate(images), texts))
     results.add("Closed questions, by likelihood", closed_table(closed))
-    results.add("Yes or no, by likelihood", yes_no_table(*zip(*yes_no, strict=True)))
+    right, given = zip(*yes_no, strict=True)
+    results.add("Yes or no, by likelihood", yes_no_table(right, given))
     truth = [{name: study.truth.has(name) for name in FINDINGS} for study in studies]
     said = [find_findings(report) for report in reports]
     results.add("Findings of drafted reports", finding_table(truth, said))
@@ -83,7 +82,15 @@ def _answer(
     for question in study.questions:
         if question.kind == "closed":
             given = vlm.ask(visual, question.text, list(question.choices))
-            closed.append(Answered(question.type, question.answer_choice, given[0]))
+            closed.append(
+                Answered(
+                    type=question.type,
+                    right=question.answer_choice,
+                    given=given[0],
+                    choices=len(question.choices),
+                    answer=question.answer,
+                )
+            )
         elif question.kind == "yes_no":
             yes, no = vlm.likelihoods(visual, question.text, ["yes", "no"])
             yes_no.append((question.answer == "yes", yes > no))

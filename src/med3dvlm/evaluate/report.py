@@ -1,4 +1,4 @@
-"""Drafted reports by the findings that they assert."""
+"""Drafted reports: by the findings that they assert, and by their wording."""
 
 from __future__ import annotations
 
@@ -6,43 +6,130 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from med3dvlm.evaluate.statistics import interval
+from med3dvlm.evaluate.tables import Row
+
 Findings = Mapping[str, bool]
+INSTALL = "the text metrics are not installed: pip install 'med3dvlm[evaluate]'"
 
 
-def finding_table(
-    truth: Sequence[Findings], predicted: Sequence[Findings]
-) -> list[dict[str, float | int | str]]:
+def finding_table(truth: Sequence[Findings], predicted: Sequence[Findings]) -> list[Row]:
     """Precision, recall and F1 per finding, their macro mean, and micro over all.
 
-    Beside each stands the F1 that is expected of someone who asserts a finding at random as often
-    as it occurs (its prevalence), and of someone who always asserts it.
+    Beside each F1 stand the F1 of three who have not looked: one asserts each finding in as many
+    studies as have it, chosen at random (`by chance`, its exact expectation), one always asserts
+    it, one never does (0). The macro mean is over the findings that occur; a finding that does
+    not occur has no recall, and what is wrongly said of it counts in the micro row.
+
+    Args:
+        truth: per study, every finding and whether it is there; all with the same names.
+        predicted: per study what a report asserts; a finding that is not named is not asserted.
+
+    Raises:
+        ValueError: for lists of different lengths, or findings that the truth does not know.
     """
+    true, said, names = _arrays(truth, predicted)
+    rows = [_row(name, true[:, [i]], said[:, [i]]) for i, name in enumerate(names)]
+    occurring = [row for row in rows if row["positives"]]
+    macro: Row = {"finding": "macro mean", "positives": int(true.sum())}
+    for key in [key for key in rows[0] if key not in macro]:
+        macro[key] = float(np.mean([row[key] for row in occurring])) if occurring else 0.0
+    return [*rows, macro, _row("micro, all", true, said)]
+
+
+def baseline_table(truth: Sequence[Findings]) -> list[Row]:
+    """What three who have not looked would score, micro over all findings.
+
+    Accuracy is here to show why it is no measure: findings are rare, so never asserting one is
+    right most of the time.
+    """
+    true, _, _ = _arrays(truth, truth)
+    prevalence = true.mean(axis=0)
+    share, chance = float(true.mean()), _chance_f1(true)
+    at_random = float(np.mean(prevalence**2 + (1 - prevalence) ** 2))
+    return [
+        _baseline("never asserts", 0.0, 0.0, 0.0, 1 - share),
+        _baseline("at random, as often as it occurs", chance, chance, chance, at_random),
+        _baseline("always asserts", share, float(true.any()), _always_f1(true), share),
+    ]
+
+
+def _baseline(name: str, precision: float, recall: float, f1: float, accuracy: float) -> Row:
+    return {"who": name, "precision": precision, "recall": recall, "F1": f1, "accuracy": accuracy}
+
+
+def _arrays(
+    truth: Sequence[Findings], predicted: Sequence[Findings]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(studies, findings) bool of what is there and what is said, and the findings' names."""
+    if len(truth) != len(predicted) or not truth:
+        raise ValueError(f"{len(truth)} studies with {len(predicted)} reports: give as many.")
     names = list(truth[0])
-    true = np.array([[bool(t[n]) for n in names] for t in truth])
-    said = np.array([[bool(p.get(n, False)) for n in names] for p in predicted])
-    rows = [_row(name, true[:, i], said[:, i]) for i, name in enumerate(names)]
-    keys = ("precision", "recall", "F1", "F1 by chance", "F1 always asserted")
-    macro: dict[str, float | int | str] = {
-        "finding": "macro mean",
-        "positives": int(true.sum()),
-        **{key: float(np.mean([float(row[key]) for row in rows])) for key in keys},
-    }
-    return [*rows, macro, _row("micro, all", true.ravel(), said.ravel())]
+    unknown = sorted({name for study in [*truth, *predicted] for name in study} - set(names))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not among the findings of the first study.")
+    true = np.array([[bool(study[name]) for name in names] for study in truth])
+    said = np.array([[bool(study.get(name, False)) for name in names] for study in predicted])
+    return true, said, names
 
 
-def _row(name: str, true: np.ndarray, said: np.ndarray) -> dict[str, float | int | str]:
-    hits = int((true & said).sum())
-    prevalence = float(true.mean())
-    precision = hits / int(said.sum()) if said.any() else 0.0
-    recall = hits / int(true.sum()) if true.any() else 0.0
-    both = precision + recall
+def _row(name: str, true: np.ndarray, said: np.ndarray) -> Row:
+    """Scores of (studies, findings) pooled."""
+    hits, there, asserted = int((true & said).sum()), int(true.sum()), int(said.sum())
     return {
         "finding": name,
-        "positives": int(true.sum()),
-        "precision": precision,
-        "recall": recall,
-        "F1": 2 * precision * recall / both if both else 0.0,
-        # asserting at random with rate p has precision and recall p
-        "F1 by chance": prevalence,
-        "F1 always asserted": 2 * prevalence / (1 + prevalence),
+        "positives": there,
+        "precision": hits / asserted if asserted else 0.0,
+        "recall": hits / there if there else 0.0,
+        "F1": 2 * hits / (there + asserted) if there + asserted else 0.0,
+        "F1 by chance": _chance_f1(true),
+        "F1 always asserted": _always_f1(true),
+        "F1 never asserted": 0.0,
     }
+
+
+def _chance_f1(true: np.ndarray) -> float:
+    """Expected F1 when each finding is asserted in as many studies, n_f, as have it, at random.
+
+    F1 is then 2·hits / (2·Σ n_f), and of the n_f asserted a share n_f / studies is right.
+    """
+    positives = true.sum(axis=0)
+    return float((positives**2).sum() / len(true) / positives.sum()) if true.any() else 0.0
+
+
+def _always_f1(true: np.ndarray) -> float:
+    return 2 * float(true.mean()) / (1 + float(true.mean()))
+
+
+def bleu1(reference: str, draft: str) -> float:
+    """BLEU-1 of one draft, 0 to 1: unigram precision with the brevity penalty.
+
+    Tokens as in mteval-v13a, unsmoothed and case-sensitive; sacrebleu counts.
+    """
+    try:
+        from sacrebleu.metrics import BLEU  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    metric = BLEU(max_ngram_order=1, smooth_method="none", effective_order=True)
+    return metric.sentence_score(draft, [reference]).score / 100
+
+
+def rouge1(reference: str, draft: str) -> float:
+    """ROUGE-1 F1 of one draft, 0 to 1, without stemming; rouge-score counts."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError(INSTALL) from error
+    return float(RougeScorer(["rouge1"]).score(reference, draft)["rouge1"].fmeasure)
+
+
+def wording_table(references: Sequence[str], drafts: Sequence[str]) -> list[Row]:
+    """BLEU-1 and ROUGE-1 per sample, averaged, with 95% intervals."""
+    pairs = list(zip(references, drafts, strict=True))
+    rows = []
+    for name, metric in (("BLEU-1", bleu1), ("ROUGE-1", rouge1)):
+        scores = [metric(reference, draft) for reference, draft in pairs]
+        low, high = interval(scores)
+        mean = float(np.mean(scores))
+        rows.append({"metric": name, "reports": len(pairs), "mean": mean, "low": low, "high": high})
+    return rows

@@ -3,32 +3,78 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from med3dvlm.files import atomic_file, write_json
 
-Row = dict[str, float | int | str]
+Value = float | int | str | bool | None
+Row = dict[str, Value]
 
 
 @dataclass
 class Table:
-    """Rows with the same columns; shares between 0 and 1 are shown as percentages."""
+    """Rows of named values; what a row lacks is shown as a dash.
+
+    Attributes:
+        shares: whether floats from 0 to 1 are shares, shown as percentages in Markdown. CSV and
+            JSON always hold the plain number.
+    """
 
     title: str
-    rows: list[Row]
+    rows: Sequence[Row]
+    shares: bool = True
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column of any row, in the order of first appearance."""
+        return list(dict.fromkeys(column for row in self.rows for column in row))
 
     def to_markdown(self) -> str:
-        columns = list(self.rows[0])
-        lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-        lines += [" | ".join(_cell(row[column]) for column in columns) for row in self.rows]
-        return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in lines)])
+        columns = self.columns
+        if not columns:
+            return f"**{self.title}**\n\n(no rows)"
+        lines = [[_escape(column) for column in columns], ["---"] * len(columns)]
+        lines += [[self._cell(row.get(column)) for column in columns] for row in self.rows]
+        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+    def to_csv(self) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.to_list())
+        return text.getvalue()
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_list(), indent=2, ensure_ascii=False)
+
+    def to_list(self) -> list[Row]:
+        """The rows with NaN and infinities as None: JSON has no word for them."""
+        return [{key: _plain(value) for key, value in row.items()} for row in self.rows]
+
+    def _cell(self, value: Value) -> str:
+        value = _plain(value)
+        if value is None:
+            return "–"
+        if isinstance(value, float):
+            share = self.shares and 0 <= value <= 1
+            return f"{100 * value:.1f}%" if share else f"{value:.4g}"
+        return _escape(str(value))
 
 
-def _cell(value: float | int | str) -> str:
-    return f"{100 * value:.1f}%" if isinstance(value, float) else str(value)
+def _plain(value: Value) -> Value:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _escape(text: str) -> str:
+    """A bar or a line break would end the cell."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
 
 
 @dataclass
@@ -38,11 +84,14 @@ class Results:
     facts: dict[str, Any]
     tables: list[Table] = field(default_factory=list)
 
-    def add(self, title: str, rows: list[Row]) -> None:
-        self.tables.append(Table(title, rows))
+    def add(self, title: str, rows: Sequence[Row], *, shares: bool = True) -> None:
+        """Raises ValueError for a title that is there already: one would hide the other."""
+        if _file_name(title) in {_file_name(table.title) for table in self.tables}:
+            raise ValueError(f"there is a table {title!r} already: give it another title.")
+        self.tables.append(Table(title, rows, shares))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.facts, "tables": {table.title: table.rows for table in self.tables}}
+        return {**self.facts, "tables": {table.title: table.to_list() for table in self.tables}}
 
     def to_markdown(self) -> str:
         facts = "; ".join(f"{name}: {value}" for name, value in self.facts.items())
@@ -51,15 +100,17 @@ class Results:
     def save(self, folder: Path | str) -> None:
         """results.json, results.md and one CSV per table, each written atomically."""
         folder = Path(folder)
-        write_json(folder / "results.json", json.loads(json.dumps(self.to_dict())))
-        with atomic_file(folder / "results.md") as temporary:
-            temporary.write_text(self.to_markdown() + "\n", "utf-8")
+        write_json(folder / "results.json", self.to_dict())
+        _write(folder / "results.md", self.to_markdown() + "\n")
         for table in self.tables:
-            name = "-".join(table.title.lower().replace(",", "").split())
-            with (
-                atomic_file(folder / f"{name}.csv") as temporary,
-                temporary.open("w", encoding="utf-8", newline="") as file,
-            ):
-                writer = csv.DictWriter(file, list(table.rows[0]))
-                writer.writeheader()
-                writer.writerows(table.rows)
+            _write(folder / f"{_file_name(table.title)}.csv", table.to_csv())
+
+
+def _file_name(title: str) -> str:
+    """Letters, digits and dashes only, so that a title cannot lead to another folder."""
+    return re.sub(r"[^\w]+", "-", title.lower()).strip("-") or "table"
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, "utf-8", newline="")
