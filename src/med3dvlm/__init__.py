@@ -23,7 +23,7 @@ _HOME = {
     "Preparation": "med3dvlm.scan",
     "prepare": "med3dvlm.scan",
     "load": "med3dvlm.hub",
-    "CheckpointError": "med3dvlm.models.published",
+    "CheckpointError": "med3dvlm.hub",
     "Med3DVLM": "med3dvlm.models",
     "VolumeTextDualEncoder": "med3dvlm.models",
 }
@@ -65,7 +65,6 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from med3dvlm import data, evaluate, losses, models, picture, scan, search, train
-    from med3dvlm.hub import load
+    from med3dvlm.hub import CheckpointError, load
     from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
-    from med3dvlm.models.published import CheckpointError
     from med3dvlm.scan import Preparation, Scan, ScanError, prepare, read_scan

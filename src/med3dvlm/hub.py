@@ -5,28 +5,20 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+# The models are imported when one is loaded: a name that is wrong is refused at once.
+if TYPE_CHECKING:
+    import torch
 
-from med3dvlm.models import (
-    DualEncoderConfig,
-    Med3DVLM,
-    Med3DVLMConfig,
-    Med3DVLMProcessor,
-    VolumeTextDualEncoder,
-)
-from med3dvlm.models.published import (
-    CheckpointError,
-    _fill,
-    is_published,
-    load_published,
-    read_config,
-    read_weights,
-)
+    from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
 
 BUNDLED = ("demo",)
 PARTS = {"language": "language_model", "search": "dual_encoder"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, in one sentence that names the file or the first key."""
 
 
 class ModelNotFoundError(CheckpointError):
@@ -53,6 +45,8 @@ def load(
         CheckpointError: one sentence on what is missing or wrong.
     """
     model = load_exact(name_or_folder, part=part)
+    from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
+
     wanted = {"language": Med3DVLM, "search": VolumeTextDualEncoder}.get(part or "")
     if wanted is not None and not isinstance(model, wanted):
         raise CheckpointError(
@@ -67,6 +61,8 @@ def load_exact(
 ) -> Med3DVLM | VolumeTextDualEncoder:
     """Like :func:`load`, but on the CPU and in the very precision of the file."""
     folder = _choose_part(resolve(name_or_folder), part)
+    from med3dvlm.models.published import is_published, load_published, read_config
+
     config = read_config(folder)
     model = load_published(folder) if is_published(config) else _load_own(folder, config)
     model.label = str(name_or_folder)
@@ -123,6 +119,15 @@ def _choose_part(folder: Path, part: str | None) -> Path:
 
 
 def _load_own(folder: Path, config: dict[str, Any]) -> Med3DVLM | VolumeTextDualEncoder:
+    from med3dvlm.models import (
+        DualEncoderConfig,
+        Med3DVLM,
+        Med3DVLMConfig,
+        Med3DVLMProcessor,
+        VolumeTextDualEncoder,
+    )
+    from med3dvlm.models.published import fill_model, read_weights
+
     kinds = {
         Med3DVLMConfig.model_type: (Med3DVLMConfig, Med3DVLM),
         DualEncoderConfig.model_type: (DualEncoderConfig, VolumeTextDualEncoder),
@@ -135,7 +140,7 @@ def _load_own(folder: Path, config: dict[str, Any]) -> Med3DVLM | VolumeTextDual
         )
     config_class, model_class = kinds[model_type]
     try:
-        model = _fill(model_class, config_class.from_dict(config), read_weights(folder), [])
+        model = fill_model(model_class, config_class.from_dict(config), read_weights(folder), [])
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     model.processor = Med3DVLMProcessor.from_folder(folder)
@@ -143,6 +148,8 @@ def _load_own(folder: Path, config: dict[str, Any]) -> Med3DVLM | VolumeTextDual
 
 
 def _place(model: Any, device: str | torch.device) -> Any:
+    import torch
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)

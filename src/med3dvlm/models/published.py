@@ -34,6 +34,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from med3dvlm.files import atomic_folder, write_json
+from med3dvlm.hub import CheckpointError
 from med3dvlm.models.dcformer import VARIANTS, DCFormer, DCFormerConfig
 from med3dvlm.models.dual_encoder import DualEncoderConfig, VolumeTextDualEncoder
 from med3dvlm.models.med3dvlm import Med3DVLM, Med3DVLMConfig
@@ -44,10 +45,6 @@ PUBLISHED_MODEL_TYPES = ("dec_clip", "vlm_qwen")
 
 # Widths of well-known text encoders and their numbers of attention heads, which no shape tells.
 HEADS_OF_WIDTH = {768: 12, 1024: 16, 512: 8, 384: 12, 312: 12, 256: 4, 128: 2}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, in one sentence that names the file or the first key."""
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -300,7 +297,7 @@ def check_weights(
             )
 
 
-def _fill(
+def fill_model(
     cls: type[PreTrainedModel],
     config: PretrainedConfig,
     weights: dict[str, Tensor],
@@ -374,7 +371,7 @@ def encoder_from_published(state_dict: Mapping[str, Tensor], **overrides: Any) -
     own_part = f"{prefix}encoder."
     alone = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(own_part)}
     weights = _translate(alone, ENCODER_RULES, to_own=True)
-    return _fill(DCFormer, encoder_config(weights, **overrides), weights, ENCODER_RULES)
+    return fill_model(DCFormer, encoder_config(weights, **overrides), weights, ENCODER_RULES)
 
 
 def encoder_to_published(encoder: DCFormer) -> dict[str, Tensor]:
@@ -452,7 +449,7 @@ def _load_dual_encoder(
         projection_dim=config.get("hidden_size", 768),
         published_config=config,
     )
-    model = _fill(VolumeTextDualEncoder, own, weights, DUAL_ENCODER_RULES)
+    model = fill_model(VolumeTextDualEncoder, own, weights, DUAL_ENCODER_RULES)
     tokenizer = _tokenizer(folder, config.get("language_model_name_or_path"))
     model.processor = Med3DVLMProcessor(VolumeFeatureExtractor(_preparation(size)), tokenizer)
     model.label = folder.name
@@ -484,7 +481,7 @@ def _load_vlm(folder: Path, config: dict[str, Any], published: dict[str, Tensor]
         prompt_layout="published",
         published_config=config,
     )
-    model = _fill(Med3DVLM, own, weights, rules)
+    model = fill_model(Med3DVLM, own, weights, rules)
     model.processor = Med3DVLMProcessor(
         VolumeFeatureExtractor(_preparation(size)),
         tokenizer,
