@@ -29,6 +29,8 @@ from med3dvlm.train.contrastive import open_store
 from med3dvlm.train.engine import fit, freeze_all_but, save_summary
 from med3dvlm.train.recipe import Recipe, RecipeError
 
+CAPTION_PROMPT = "Please describe this scan in one sentence."
+
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
     """Follow an alignment or instruction recipe; the model is also saved in `recipe.output`."""
@@ -140,7 +142,10 @@ def encode_store(
 
 def task_examples(study: dict[str, Any], report_prompt: str) -> dict[str, list[tuple[str, str]]]:
     """(instruction, answer) pairs of one study by task."""
-    pairs: dict[str, list[tuple[str, str]]] = {"report": [(report_prompt, study["report"])]}
+    pairs: dict[str, list[tuple[str, str]]] = {
+        "report": [(report_prompt, study["report"])],
+        "caption": [(CAPTION_PROMPT, study["caption"])],
+    }
     for question in study["questions"]:
         text, answer = question["text"], question["answer"]
         if question["choices"]:

@@ -1,8 +1,9 @@
 """Phantom studies: CT-like volumes from a seed, whose truth is known, with texts and questions."""
 
 from med3dvlm.data.phantoms.anatomy import PHASES, PLANES
-from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS, Finding
-from med3dvlm.data.phantoms.language import Placed, Question, find_findings
+from med3dvlm.data.phantoms.finding import Finding, PlacedFinding
+from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS
+from med3dvlm.data.phantoms.language import Question, find_findings
 from med3dvlm.data.phantoms.study import (
     CONCEPTS,
     PHANTOM_VERSION,
@@ -11,10 +12,11 @@ from med3dvlm.data.phantoms.study import (
     PhantomStudy,
     PhantomTruth,
     concept_vector,
+    describe,
     make_study,
     twin,
 )
-from med3dvlm.data.phantoms.write import LAYOUTS, write_studies
+from med3dvlm.data.phantoms.write import LAYOUTS, write_studies, write_study
 
 __all__ = [
     "CONCEPTS",
@@ -29,11 +31,13 @@ __all__ = [
     "PhantomError",
     "PhantomStudy",
     "PhantomTruth",
-    "Placed",
+    "PlacedFinding",
     "Question",
     "concept_vector",
+    "describe",
     "find_findings",
     "make_study",
     "twin",
     "write_studies",
+    "write_study",
 ]

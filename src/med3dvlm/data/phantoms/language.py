@@ -3,59 +3,46 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from med3dvlm.data.phantoms.anatomy import PHASES, PLANES
-from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS, Finding
+from med3dvlm.data.phantoms.finding import SIZE_STEP_MM, PlacedFinding
+from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS
 
-# Findings in the order in which a radiologist goes through them.
-NEGATION = re.compile(r"\b(no|not|without|free of|unremarkable|normal)\b", re.IGNORECASE)
 LETTERS = "ABCD"
+NOTHING = "none"
 
 TECHNIQUE = (
     "{Plane} CT of the chest and abdomen, {phase} phase.",
-    "CT of chest and abdomen in the {plane} plane, {phase} phase.",
+    "CT of the chest and abdomen in the {plane} plane, {phase} phase.",
     "{Phase} phase CT of the chest and abdomen, {plane} plane.",
-    "{Plane} CT, {phase} phase, chest and abdomen.",
+    "{Plane} CT in the {phase} phase of the chest and abdomen.",
+)
+BONES = (
+    "The bones are normal.",
+    "No bone destruction.",
+    "The bones are unremarkable.",
+    "No fracture is seen.",
 )
 NORMAL_IMPRESSION = (
     "Normal CT of the chest and abdomen.",
     "No abnormality.",
     "Normal study.",
-    "No acute findings.",
+    "No abnormal finding.",
 )
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A finding of one study with its attributes."""
-
-    name: str
-    attributes: dict[str, Any]
-
-    @property
-    def finding(self) -> Finding:
-        return FINDINGS[self.name]
-
-    @property
-    def size_mm(self) -> float | None:
-        return self.attributes.get("size")
-
-    def say(self, template: str) -> str:
-        """Fill a template; a capitalised key gives a capitalised value."""
-        values = {k: str(v) for k, v in self.attributes.items() if k != "u"}
-        values |= {k.capitalize(): v.capitalize() for k, v in values.items()}
-        return template.format(**values)
 
 
 @dataclass(frozen=True)
 class Question:
     """A question with its answer, as M3D-VQA has them.
 
-    type: 1 plane, 2 phase, 3 organ, 4 abnormality, 5 location. kind: open, closed, yes_no.
+    Attributes:
+        kind: "open", "closed" (four choices) or "yes_no".
+        type: 1 plane, 2 phase, 3 organ, 4 abnormality, 5 location.
+        finding: the finding it asks about, where it asks about one.
     """
 
     text: str
@@ -68,31 +55,37 @@ class Question:
 
 
 def write_report(
-    random: np.random.Generator, plane: str, phase: str, placed: tuple[Placed, ...]
+    random: np.random.Generator, plane: str, phase: str, placed: Sequence[PlacedFinding]
 ) -> str:
-    """Technique, findings in radiologists' order with the negatives, impression last."""
+    """Technique, findings in radiologists' order with negatives, impression last."""
     there = {p.name: p for p in placed}
-    sentences = []
-    for name, finding in FINDINGS.items():
-        if name in there:
-            sentences.append(there[name].say(_pick(random, finding.present)))
-        elif random.random() < 0.45:  # radiologists do not rule out everything
-            sentences.append(_pick(random, finding.absent))
-    if placed:
-        phrases = [p.say(_pick(random, p.finding.impression)) for p in placed]
-        impression = " ".join(f"{phrase[0].upper()}{phrase[1:]}." for phrase in phrases)
-    else:
-        impression = _pick(random, NORMAL_IMPRESSION)
+    said = {name: p.say(_pick(random, FINDINGS[name].present)) for name, p in there.items()}
+    phrases = [p.say(_pick(random, FINDINGS[p.name].impression)) for p in placed]
+    impression = _as_sentences(phrases) if placed else _pick(random, NORMAL_IMPRESSION)
     technique = _technique(random, plane, phase)
-    return f"Technique: {technique} Findings: {' '.join(sentences)} Impression: {impression}"
+    bones = _pick(random, BONES)
+    # Radiologists rule out more where less is found: negatives fill up to a usual length.
+    target = int(random.integers(62, 82))
+    length = len(" ".join([technique, impression, bones, *said.values()]).split()) + 3
+    for k in random.permutation(len(FINDINGS)):
+        name = list(FINDINGS)[k]
+        if name in there:
+            continue
+        if length >= target:
+            break
+        said[name] = _pick(random, FINDINGS[name].absent)
+        length += len(said[name].split())
+    sentences = [said[name] for name in FINDINGS if name in said]
+    findings = " ".join([*sentences, bones])
+    return f"Technique: {technique} Findings: {findings} Impression: {impression}"
 
 
 def write_caption(
-    random: np.random.Generator, plane: str, phase: str, placed: tuple[Placed, ...]
+    random: np.random.Generator, plane: str, phase: str, placed: Sequence[PlacedFinding]
 ) -> str:
-    """One line: what is there, plane and phase; no negatives."""
-    phrases = [p.say(_pick(random, p.finding.impression)) for p in placed] or ["no abnormality"]
-    return f"{plane} CT, {phase} phase: {', '.join(phrases)}."
+    """One line: plane, phase and what is there; no negatives."""
+    phrases = [p.say(_pick(random, FINDINGS[p.name].impression)) for p in placed]
+    return f"{plane} CT, {phase} phase: {', '.join(phrases or ['no abnormality'])}."
 
 
 def _technique(random: np.random.Generator, plane: str, phase: str) -> str:
@@ -101,7 +94,11 @@ def _technique(random: np.random.Generator, plane: str, phase: str) -> str:
     )
 
 
-def _pick(random: np.random.Generator, options: tuple[str, ...]) -> str:
+def _as_sentences(phrases: Sequence[str]) -> str:
+    return " ".join(f"{phrase[0].upper()}{phrase[1:]}." for phrase in phrases)
+
+
+def _pick(random: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(random.integers(len(options)))]
 
 
@@ -109,7 +106,7 @@ def _pick(random: np.random.Generator, options: tuple[str, ...]) -> str:
 
 PLANE_QUESTIONS = (
     "In which plane was this scan acquired?",
-    "What is the plane of this image?",
+    "What is the plane of this scan?",
     "Which acquisition plane is shown?",
     "What plane was used for this CT?",
 )
@@ -119,7 +116,7 @@ PHASE_QUESTIONS = (
     "Which contrast phase is shown?",
     "What contrast phase was used?",
 )
-AFFECTED_QUESTIONS = (
+ORGAN_QUESTIONS = (
     "Which organ is abnormal?",
     "Which of these organs is affected?",
     "In which organ is there an abnormality?",
@@ -144,16 +141,27 @@ ABNORMALITIES_QUESTIONS = (
     "List the abnormalities.",
 )
 YES_NO_QUESTIONS = (
-    "Is there {finding}?",
+    "{Is} there {finding}?",
     "Does this scan show {finding}?",
-    "Is {finding} present?",
-    "Can {finding} be seen?",
+    "Can you see {finding}?",
+    "Does the CT show {finding}?",
 )
 WHERE_QUESTIONS = (
-    "Where is the {finding}?",
+    "Where {is} the {finding}?",
     "What is the location of the {finding}?",
-    "In which location is the {finding} seen?",
-    "Which site does the {finding} affect?",
+    "In which location {is} the {finding}?",
+    "Where can the {finding} be seen?",
+)
+SIDE_QUESTIONS = (
+    "On which side is the {finding}?",
+    "Which side does the {finding} affect?",
+    *WHERE_QUESTIONS,
+)
+NOWHERE_QUESTIONS = (
+    "Where is the abnormality?",
+    "What is the location of the abnormality?",
+    "In which location is the abnormality?",
+    "Where can the abnormality be seen?",
 )
 SIZE_QUESTIONS = (
     "How large is the {finding}?",
@@ -161,118 +169,166 @@ SIZE_QUESTIONS = (
     "How big is the {finding}?",
     "What does the {finding} measure?",
 )
+DEGREE_QUESTIONS = (
+    "What is the degree of the {finding}?",
+    "What is the extent of the {finding}?",
+    "How marked is the {finding}?",
+    "How extensive is the {finding}?",
+)
 
 
 def write_questions(
-    random: np.random.Generator, plane: str, phase: str, placed: tuple[Placed, ...]
+    random: np.random.Generator, plane: str, phase: str, placed: Sequence[PlacedFinding]
 ) -> list[Question]:
-    """Questions of all five types, with answers that follow from the truth."""
-    questions = [
-        _closed(random, PLANE_QUESTIONS, plane, [*PLANES, "oblique"], 1),
-        Question(_pick(random, PLANE_QUESTIONS), plane, "open", 1),
-        _closed(random, PHASE_QUESTIONS, phase, list(PHASES), 2),
-        Question(_pick(random, PHASE_QUESTIONS), phase, "open", 2),
-    ]
-    affected = list(dict.fromkeys(p.finding.organ for p in placed))
+    """Questions of all five types, open and closed, with answers that follow from the truth."""
+    affected = list(dict.fromkeys(FINDINGS[p.name].organ for p in placed))
     healthy = [organ for organ in ORGANS if organ not in affected]
-    right = _choose(random, affected) if affected else "none"
-    wrong = [str(o) for o in random.choice(healthy, 3, replace=False)]
-    if affected and random.random() < 0.3:
-        wrong[0] = "none"
-    questions.append(_closed(random, AFFECTED_QUESTIONS, right, [right, *wrong], 3))
-    listed = _listing(affected) if affected else "none"
-    questions.append(Question(_pick(random, ORGANS_QUESTIONS), listed, "open", 3))
-    questions += _abnormality_questions(random, placed)
-    questions += _location_questions(random, placed)
-    return questions
-
-
-def _abnormality_questions(
-    random: np.random.Generator, placed: tuple[Placed, ...]
-) -> list[Question]:
-    present = [p.name for p in placed]
-    absent = [name for name in FINDINGS if name not in present]
-    right = _choose(random, present).lower() if present else "no abnormality"
-    wrong = [str(name).lower() for name in random.choice(absent, 3, replace=False)]
-    if present and random.random() < 0.3:
-        wrong[0] = "no abnormality"
-    listed = _listing([name.lower() for name in present]) if present else "none"
-    questions = [
-        _closed(random, ABNORMALITY_QUESTIONS, right, [right, *wrong], 4),
-        Question(_pick(random, ABNORMALITIES_QUESTIONS), listed, "open", 4),
+    present = [p.name.lower() for p in placed]
+    absent = [name.lower() for name in FINDINGS if name.lower() not in present]
+    return [
+        _closed(random, PLANE_QUESTIONS, plane, [p for p in PLANES if p != plane], 1, "oblique"),
+        Question(_pick(random, PLANE_QUESTIONS), plane, "open", 1),
+        _closed(random, PHASE_QUESTIONS, phase, [p for p in PHASES if p != phase], 2),
+        Question(_pick(random, PHASE_QUESTIONS), phase, "open", 2),
+        *_one_and_all(random, ORGAN_QUESTIONS, ORGANS_QUESTIONS, affected, healthy, 3),
+        *_one_and_all(random, ABNORMALITY_QUESTIONS, ABNORMALITIES_QUESTIONS, present, absent, 4),
+        *_yes_no_questions(random, [p.name for p in placed]),
+        *(q for p in placed for q in _attribute_questions(random, p)),
+        *([] if placed else _nowhere(random)),
     ]
-    # As many "no" as "yes": one of each for every finding that is there.
-    for name in present or [None]:
-        asked = [("no", _choose(random, absent))]
-        if name is not None:
-            asked.append(("yes", name))
-        for answer, about in asked:
-            text = _pick(random, YES_NO_QUESTIONS).format(finding=about.lower())
-            questions.append(Question(text, answer, "yes_no", 4, finding=about))
-            if name is None:
-                break
-    return questions
 
 
-def _location_questions(random: np.random.Generator, placed: tuple[Placed, ...]) -> list[Question]:
+def _one_and_all(
+    random: np.random.Generator,
+    one: Sequence[str],
+    every: Sequence[str],
+    true: list[str],
+    false: list[str],
+    kind: int,
+) -> list[Question]:
+    """A closed question for one of what is there, an open one for all of it."""
+    right = _pick(random, true) if true else NOTHING
+    # "none" is a choice as often where it is wrong, so that it does not give itself away
+    spare = NOTHING if true and random.random() < 0.1 else None
+    closed = _closed(random, one, right, false, kind, spare)
+    return [closed, Question(_pick(random, every), _listing(true), "open", kind)]
+
+
+def _yes_no_questions(random: np.random.Generator, present: list[str]) -> list[Question]:
+    """As many "no" as "yes", in the same wordings: one of each for every finding present."""
+    absent = [name for name in FINDINGS if name not in present]
+    others = [absent[k] for k in random.permutation(len(absent))[: len(present)]]
+    asked = [(name, "yes") for name in present] + [(name, "no") for name in others]
     questions = []
-    for p in placed:
-        noun = p.name.lower()
-        key = next((k for k in ("side", "lobe") if k in p.attributes), None)
-        if key is not None:
-            values = list(p.finding.attributes[key])
-            spare = ["central", "anterior", "bilateral", "midline"]
-            options = values + [word for word in spare if word not in values]
-            right = p.attributes[key]
-            others = [value for value in options if value != right]
-            plausible = [value for value in others if value in values]
-            if len(plausible) > 3:
-                wrong = [str(v) for v in random.choice(plausible, 3, replace=False)]
-            else:
-                wrong = others[:3]
-            texts = tuple(text.format(finding=noun) for text in WHERE_QUESTIONS)
-            questions.append(_closed(random, texts, right, [right, *wrong], 5, p.name))
-            questions.append(Question(_pick(random, texts), right, "open", 5, finding=p.name))
-        if p.size_mm is not None:
-            texts = tuple(text.format(finding=noun) for text in SIZE_QUESTIONS)
-            size = f"{p.attributes['size']} mm"
-            questions.append(Question(_pick(random, texts), size, "open", 5, finding=p.name))
+    for k in random.permutation(len(asked)):
+        name, answer = asked[k]
+        finding = FINDINGS[name]
+        text = _pick(random, YES_NO_QUESTIONS)
+        text = text.format(finding=finding.asked, Is="Are" if finding.plural else "Is")
+        questions.append(Question(text, answer, "yes_no", 4, finding=name))
     return questions
+
+
+def _attribute_questions(random: np.random.Generator, placed: PlacedFinding) -> list[Question]:
+    """Where a finding is; how large, how marked."""
+    finding = FINDINGS[placed.name]
+    right, wrong = _location(placed)
+    texts = _about(SIDE_QUESTIONS if finding.location == "side" else WHERE_QUESTIONS, placed)
+    spare = "midline" if len(wrong) < 3 else None
+    questions = [
+        _closed(random, texts, right, wrong, 5, spare, placed.name),
+        Question(_pick(random, texts), right, "open", 5, finding=placed.name),
+    ]
+    if placed.size_mm is not None:
+        size = int(placed.attributes["size"])
+        texts, right = _about(SIZE_QUESTIONS, placed), f"{size} mm"
+        wrong = [f"{other} mm" for other in _other_sizes(random, size)]
+        questions.append(_closed(random, texts, right, wrong, 4, None, placed.name))
+        questions.append(Question(_pick(random, texts), right, "open", 4, finding=placed.name))
+    if "degree" in placed.attributes:
+        texts = _about(DEGREE_QUESTIONS, placed)
+        answer = placed.attributes["degree"]
+        questions.append(Question(_pick(random, texts), answer, "open", 4, finding=placed.name))
+    return questions
+
+
+def _location(placed: PlacedFinding) -> tuple[str, list[str]]:
+    """Where a finding is, and where such a finding might have been."""
+    finding = FINDINGS[placed.name]
+    key = finding.location
+    if key is None:  # much of what lies elsewhere in the chest lies in the mediastinum, too
+        return finding.organ, [o for o in ORGANS if o not in (finding.organ, "mediastinum")]
+    suffix = " lobe" if key == "lobe" and finding.organ == "liver" else ""
+    values = [f"{value}{suffix}" for value in finding.attributes[key]]
+    if len(values) < 4:
+        values += [f"caudate{suffix}"] if suffix else []
+        values += [value for value in ("bilateral",) if value not in values]
+    right = f"{placed.attributes[key]}{suffix}"
+    return right, [value for value in values if value != right]
+
+
+def _other_sizes(random: np.random.Generator, size: int) -> list[int]:
+    """Three sizes that no one would mistake for it, smaller or larger."""
+    step = max(SIZE_STEP_MM * 3, round(size / 3 / SIZE_STEP_MM) * SIZE_STEP_MM)
+    rank = int(random.integers(4))  # where the true size stands among the four
+    others = [size + step * (k - rank) for k in range(4) if k != rank]
+    if others[0] <= 4:  # too small to be a finding: all larger instead
+        others = [size + step * k for k in range(1, 4)]
+    return others
+
+
+def _nowhere(random: np.random.Generator) -> list[Question]:
+    places = list(ORGANS)
+    closed = _closed(random, NOWHERE_QUESTIONS, NOTHING, places, 5)
+    return [closed, Question(_pick(random, NOWHERE_QUESTIONS), NOTHING, "open", 5)]
+
+
+def _about(texts: Sequence[str], placed: PlacedFinding) -> tuple[str, ...]:
+    finding = FINDINGS[placed.name]
+    verb = "are" if finding.plural else "is"
+    return tuple(text.format(finding=finding.noun, **{"is": verb}) for text in texts)
 
 
 def _closed(
     random: np.random.Generator,
-    texts: tuple[str, ...],
+    texts: Sequence[str],
     right: str,
-    options: list[str],
+    wrong: Sequence[str],
     kind: int,
+    spare: str | None = None,
     finding: str | None = None,
 ) -> Question:
-    order = random.permutation(4)
-    choices = tuple(options[i] for i in order)
+    """Four choices in random order: the right one, `spare` where given, and some of `wrong`."""
+    drawn = [wrong[k] for k in random.permutation(len(wrong))]
+    options = [right, *([spare] if spare else []), *drawn][:4]
+    choices = tuple(options[k] for k in random.permutation(4))
     letter = LETTERS[choices.index(right)]
     return Question(_pick(random, texts), right, "closed", kind, choices, letter, finding)
 
 
-def _choose(random: np.random.Generator, options: list[str]) -> str:
-    return options[int(random.integers(len(options)))]
-
-
-def _listing(words: list[str]) -> str:
-    """a; a and b; a, b and c."""
+def _listing(words: Sequence[str]) -> str:
+    """a; a and b; a, b and c; none."""
+    if not words:
+        return NOTHING
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 # --- reading text back ------------------------------------------------------------------------
 
+NEGATION = re.compile(
+    r"\b(no|not|without|free of|absent|negative|unremarkable|normal)\b", re.IGNORECASE
+)
+SENTENCE_END = re.compile(
+    r"(?<=[.!?;])\s+|\b(?:technique|findings|impression):|\bbut\b|\bhowever\b", re.IGNORECASE
+)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences and clauses, without the names of sections."""
+    return [part.strip() for part in SENTENCE_END.split(text) if part and part.strip()]
+
 
 def find_findings(text: str) -> dict[str, bool]:
-    """Which findings a report asserts: found by term, sentence by sentence, minus the negated."""
-    found = dict.fromkeys(FINDINGS, False)
-    for sentence in re.split(r"(?<=[.!?])\s+|Findings:|Impression:", text):
-        if not sentence or NEGATION.search(sentence):
-            continue
-        for name, finding in FINDINGS.items():
-            if finding.recognised(sentence):
-                found[name] = True
-    return found
+    """Which findings a text asserts: found by their terms, unless the sentence negates them."""
+    asserted = " \n ".join(s for s in split_sentences(text) if not NEGATION.search(s))
+    return {name: finding.recognised(asserted) for name, finding in FINDINGS.items()}

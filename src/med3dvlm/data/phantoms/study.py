@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from scipy.ndimage import uniform_filter1d
+from scipy.special import ndtri
 
-from med3dvlm.data.phantoms.anatomy import PHASES, PLANES, draw_anatomy, make_anatomy
-from med3dvlm.data.phantoms.canvas import Canvas
-from med3dvlm.data.phantoms.findings import FINDINGS, LOBES, concept_names
+from med3dvlm.data.phantoms.anatomy import PHASES, PLANES, Anatomy, Torso, make_anatomy
+from med3dvlm.data.phantoms.finding import PlacedFinding
+from med3dvlm.data.phantoms.findings import FINDINGS, concept_names, is_large
 from med3dvlm.data.phantoms.language import (
-    Placed,
     Question,
+    split_sentences,
     write_caption,
     write_questions,
     write_report,
 )
-from med3dvlm.scan import Scan
+from med3dvlm.scan.scan import Scan
 
-PHANTOM_VERSION = 1
+PHANTOM_VERSION = 2
 SPLITS = ("train", "validation", "test")
 CONCEPTS = concept_names()
 MAX_FINDINGS = 6
-PREVALENCE = 0.17
-NORMAL_SHARE = 0.05
-LARGE = 0.5  # share of the size range above which a size counts as large
+PREVALENCE = 0.20  # of each kind before crowded studies are thinned and normal ones made
+NORMAL_SHARE = 0.06
+SHAPE = (64, 128, 128)
+TRIES = 12  # to find a free place for a finding
+# of the normal distribution, of unit variance
+QUANTILES = ndtri((np.arange(256) + 0.5) / 256)
+QUANTILES = (QUANTILES / QUANTILES.std()).astype(np.float32)
 
 
 class PhantomError(ValueError):
@@ -35,11 +42,11 @@ class PhantomError(ValueError):
 
 @dataclass(frozen=True)
 class PhantomTruth:
-    """What is known of a study."""
+    """What is known of a study; `findings` are in the order of `FINDINGS`."""
 
     plane: str
     phase: str
-    findings: tuple[Placed, ...]
+    findings: tuple[PlacedFinding, ...]
 
     def has(self, name: str) -> bool:
         return any(placed.name == name for placed in self.findings)
@@ -57,10 +64,7 @@ class Acquisition:
 
 @dataclass(frozen=True)
 class PhantomStudy:
-    """One study; voxels and texts are made when they are first asked for.
-
-    array: HU, float32 (D, H, W), LPS order (z up, y back, x to the patient's left).
-    """
+    """One study; voxels and texts are made when they are first asked for."""
 
     index: int
     seed: int
@@ -79,6 +83,7 @@ class PhantomStudy:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along (z, y, x), mm."""
         return self.acquisition.spacing_mm
 
     @property
@@ -90,13 +95,15 @@ class PhantomStudy:
             affine[axis, axis], affine[axis, 3] = step, -step * (count - 1) / 2
         return affine
 
+    # --- voxels -------------------------------------------------------------------------------
+
     @cached_property
     def array(self) -> np.ndarray:
-        scanned = self._blur(self.torso() + self._noise())
-        return np.clip(scanned, -1024, 3071, out=scanned)
+        """Whole HU, float32 (D, H, W): z up, y to the back, x to the patient's left (LPS)."""
+        return self._scan(self._torso().hu)
 
     def scan(self) -> Scan:
-        """The study as :func:`med3dvlm.read_scan` would give it for its file."""
+        """The study as :func:`med3dvlm.read_scan` gives it from its file."""
         return Scan(
             array=self.array,
             spacing_mm=self.spacing_mm,
@@ -106,67 +113,108 @@ class PhantomStudy:
             source=self.study_id,
         )
 
-    def torso(self, without: str | None = None) -> np.ndarray:
-        """The torso before the scanner, HU (D, H, W), optionally without one finding."""
+    def mask(self, finding: str, *, drawn: bool = False) -> np.ndarray:
+        """The voxels that a finding changes, bool (D, H, W).
+
+        Args:
+            drawn: those changed by more than 20 HU on the torso, before slices of some thickness
+                and whole HU; else those of :attr:`array`, outside which twins are equal.
+        """
+        if not self.truth.has(finding):
+            raise PhantomError(f"study {self.study_id} has no {finding!r}.")
+        if drawn:
+            return np.abs(self._torso().hu - self._torso(without=finding).hu) > 20
+        return self.array != self._scan(self._torso(without=finding).hu)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The patient, without findings."""
+        return _anatomy(self._stream("anatomy"), self.truth.phase)
+
+    def _torso(self, without: str | None = None) -> Torso:
         placed = [p for p in self.truth.findings if p.name != without]
-        anatomy = make_anatomy(self._stream("anatomy"), PHASES.index(self.truth.phase))
+        anatomy = self.anatomy
         for p in placed:
-            anatomy = p.finding.change(anatomy, p.attributes)
-        canvas = Canvas(self.shape, self.spacing_mm)
-        draw_anatomy(canvas, anatomy)
+            anatomy = FINDINGS[p.name].change(anatomy, p)
+        torso = Torso(self.shape, self.spacing_mm, anatomy)
         for p in placed:
-            p.finding.draw(canvas, anatomy, p.attributes)
-        return canvas.hu
+            FINDINGS[p.name].draw(torso, p)
+        return torso
 
-    def mask(self, finding: str) -> np.ndarray:
-        """The voxels that a finding changes by more than 5 HU, before the scanner's blur."""
-        return np.abs(self.torso() - self.torso(without=finding)) > 5
+    def _scan(self, hu: np.ndarray) -> np.ndarray:
+        """Noise of the kernel, thick slices along the axis of acquisition, whole HU; uses up `hu`.
 
-    def _noise(self) -> np.ndarray:
-        """Noise of the stated standard deviation whose in-plane neighbours are correlated."""
-        noise = self._stream("noise").standard_normal(self.shape, dtype=np.float32)
-        k = np.float32(self.acquisition.kernel)
-        noise[:, 1:] += k * noise[:, :-1]
-        noise[:, :, 1:] += k * noise[:, :, :-1]
-        noise *= self.acquisition.noise_hu / (1 + k * k)
-        return noise
-
-    def _blur(self, hu: np.ndarray) -> np.ndarray:
-        """Thick slices: a moving average along the axis of acquisition."""
+        Noise is raised by what the averaging takes away, so that planes differ in its grain only.
+        """
         axis = PLANES.index(self.truth.plane)
-        voxels = max(2, round(self.acquisition.slice_mm / self.spacing_mm[axis]))
-        return uniform_filter1d(hu, voxels, axis=axis, mode="nearest")
+        count = max(2, round(self.acquisition.slice_mm / self.spacing_mm[axis]))
+        noise = self._stream("noise").bytes(hu.size)
+        levels = np.frombuffer(noise, np.uint8).reshape(hu.shape)
+        k = np.float32(self.acquisition.kernel)
+        table = QUANTILES * np.float32(self.acquisition.noise_hu * count**0.5 / (1 + k * k))
+        for section, level in zip(hu, levels, strict=True):
+            grain = np.take(table, level, mode="clip")
+            grain[1:] += k * grain[:-1]
+            grain[:, 1:] += k * grain[:, :-1]
+            section += grain
+        return average_slices(hu, count, axis)
+
+    # --- texts --------------------------------------------------------------------------------
 
     @cached_property
     def report(self) -> str:
+        """Technique, findings in radiologists' order with negatives, impression."""
         return write_report(self._stream("report"), *self._facts())
 
     @cached_property
     def caption(self) -> str:
+        """One line: plane, phase and what is there."""
         return write_caption(self._stream("caption"), *self._facts())
 
     @cached_property
     def questions(self) -> list[Question]:
         return write_questions(self._stream("questions"), *self._facts())
 
-    def _facts(self) -> tuple[str, str, tuple[Placed, ...]]:
+    def _facts(self) -> tuple[str, str, tuple[PlacedFinding, ...]]:
         return self.truth.plane, self.truth.phase, self.truth.findings
 
-    @property
+    @cached_property
     def concepts(self) -> dict[str, bool]:
-        """Every yes/no label: findings, their attributes, plane and phase."""
+        """Every yes/no label, in the order of `CONCEPTS`."""
         true = {f"plane={self.truth.plane}", f"phase={self.truth.phase}"}
         for p in self.truth.findings:
             true.add(p.name)
-            true |= {f"{p.name}/{k}={v}" for k, v in p.attributes.items() if k not in ("u", "size")}
-            if p.finding.sizes is not None:
-                low, high = p.finding.sizes
-                if p.attributes["size"] > low + LARGE * (high - low):
-                    true.add(f"{p.name}/size=large")
+            true |= {f"{p.name}/{key}={value}" for key, value in p.attributes.items()}
+            if p.size_mm is not None and is_large(p.name, p.size_mm):
+                true.add(f"{p.name}/size=large")
         return {name: name in true for name in CONCEPTS}
 
     def _stream(self, name: str) -> np.random.Generator:
         return _stream(self.seed, self.split, self.index, name)
+
+
+def average_slices(hu: np.ndarray, count: int, axis: int) -> np.ndarray:
+    """The mean of `count` neighbours along an axis, in whole HU, edges repeated: (D, H, W).
+
+    A plain sum of shifts, and not a running sum, so that a voxel depends on its neighbours only:
+    twins are equal bit for bit away from what was changed.
+    """
+    n, before = hu.shape[axis], (count - 1) // 2
+    widths = [(before, count - 1 - before) if k == axis else (0, 0) for k in range(3)]
+    total = np.empty_like(hu)
+    step = len(hu) if axis == 0 else 4  # slices at a time, to stay in the processor's cache
+    for start in range(0, len(hu), step):
+        padded = np.pad(hu[start : start + step], widths, mode="edge")
+        shifts = [
+            padded[(slice(None),) * axis + (slice(shift, shift + n),)] for shift in range(count)
+        ]
+        part = np.add(shifts[0], shifts[1], out=total[start : start + step])
+        for shifted in shifts[2:]:
+            part += shifted
+        part *= np.float32(1 / count)
+        np.rint(part, out=part)
+        np.clip(part, -1024, 3071, out=part)
+    return total
 
 
 def _stream(seed: int, split: str, index: int, name: str) -> np.random.Generator:
@@ -175,130 +223,205 @@ def _stream(seed: int, split: str, index: int, name: str) -> np.random.Generator
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
+def _anatomy(random: np.random.Generator, phase: str) -> Anatomy:
+    return make_anatomy(random, PHASES.index(phase))
+
+
 def make_study(
     index: int,
     *,
     seed: int = 0,
     split: str = "train",
-    shape: tuple[int, int, int] = (64, 128, 128),
+    shape: tuple[int, int, int] = SHAPE,
+    findings: Sequence[str] | None = None,
 ) -> PhantomStudy:
     """The study that (version, seed, split, index) stands for.
 
+    Args:
+        shape: (D, H, W); another grid shows the same patient in other voxels.
+        findings: names of the findings to have, instead of those drawn for this index.
+
     Raises:
-        PhantomError: for an unknown split or a negative index.
+        PhantomError: for an unknown split or finding, a negative index or seed, or findings
+            that leave one another no place.
     """
+    _check(index, seed, split, findings)
+    random = _stream(seed, split, index, "truth")
+    plane = PLANES[int(random.integers(len(PLANES)))]
+    phase = PHASES[int(random.integers(len(PHASES)))]
+    drawn = _draw_names(random)
+    names = drawn if findings is None else [name for name in FINDINGS if name in findings]
+    anatomy = _anatomy(_stream(seed, split, index, "anatomy"), phase)
+    placed: list[PlacedFinding] = []
+    for name in names:
+        found = _place(name, _stream(seed, split, index, f"finding {name}"), anatomy, placed)
+        if found is not None:
+            placed.append(found)
+        elif findings is not None:
+            raise PhantomError(f"{name} finds no free place beside {', '.join(names)}.")
+    in_plane = random.uniform(2.95, 3.2)
+    spacing = (random.uniform(5.7, 6.6), in_plane, in_plane)
+    acquisition = Acquisition(
+        spacing_mm=tuple(  # type: ignore[assignment]
+            float(mm * usual / n) for mm, usual, n in zip(spacing, SHAPE, shape, strict=True)
+        ),
+        slice_mm=float(random.uniform(17, 21) if plane == "axial" else random.uniform(14, 18)),
+        noise_hu=float(random.uniform(9, 17)),
+        kernel=float(random.uniform(0.3, 0.8)),
+    )
+    truth = PhantomTruth(plane, phase, tuple(placed))
+    return PhantomStudy(index, seed, split, tuple(shape), truth, acquisition)
+
+
+def _check(index: int, seed: int, split: str, findings: Sequence[str] | None) -> None:
     if split not in SPLITS:
         raise PhantomError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}.")
-    if index < 0:
-        raise PhantomError(f"index {index} is negative: count from 0.")
-    random = _stream(seed, split, index, "truth")
-    plane, phase = str(random.choice(PLANES)), str(random.choice(PHASES))
-    present = random.random(len(FINDINGS)) < PREVALENCE
+    if index < 0 or seed < 0:
+        raise PhantomError(f"index {index} and seed {seed} must not be negative.")
+    unknown = [name for name in findings or () if name not in FINDINGS]
+    if unknown:
+        raise PhantomError(f"finding {unknown[0]!r} is unknown: use {', '.join(FINDINGS)}.")
+
+
+def _draw_names(random: np.random.Generator) -> list[str]:
+    """Which findings a study has: each on its own, at most six, some studies none."""
+    there = random.random(len(FINDINGS)) < PREVALENCE
+    order = random.permutation(len(FINDINGS))
     if random.random() < NORMAL_SHARE:
-        present[:] = False
-    names = [name for name, there in zip(FINDINGS, present, strict=True) if there]
-    if len(names) > MAX_FINDINGS:
-        kept = set(random.choice(names, MAX_FINDINGS, replace=False))
-        names = [name for name in names if name in kept]
-    placed = [_place(name, seed, split, index) for name in names]
-    scale = 64 / shape[0], 128 / shape[1], 128 / shape[2]
-    spacing = (random.uniform(5.8, 6.6), *[random.uniform(2.9, 3.2)] * 2)
-    acquisition = Acquisition(
-        spacing_mm=(spacing[0] * scale[0], spacing[1] * scale[1], spacing[2] * scale[2]),
-        slice_mm=float(random.uniform(18, 24) if plane == "axial" else random.uniform(14, 18)),
-        noise_hu=float(random.uniform(18, 34)),
-        kernel=float(random.uniform(0.4, 0.8)),
-    )
-    truth = PhantomTruth(plane, phase, _settle(placed))
-    return PhantomStudy(index, seed, split, shape, truth, acquisition)
+        return []
+    kept = set([k for k in order if there[k]][:MAX_FINDINGS])
+    return [name for k, name in enumerate(FINDINGS) if k in kept]
 
 
-def _place(name: str, seed: int, split: str, index: int) -> Placed:
-    return Placed(name, FINDINGS[name].sample(_stream(seed, split, index, f"finding {name}")))
+def _place(
+    name: str, random: np.random.Generator, anatomy: Anatomy, others: Sequence[PlacedFinding]
+) -> PlacedFinding | None:
+    """A finding where no other hides it; None where every place is taken."""
+    finding = FINDINGS[name]
+    taken = set().union(*(FINDINGS[p.name].places(p) for p in others))
+    for _ in range(TRIES):
+        placed = finding.sample(random)
+        if not finding.places(placed) & taken:
+            return _with_centre(placed, anatomy)
+    return None
 
 
-def _settle(placed: list[Placed]) -> tuple[Placed, ...]:
-    """Move what would hide behind something else, so that every finding can be seen."""
-    there = {p.name: p for p in placed}
-    effusion, consolidation = there.get("Pleural effusion"), there.get("Consolidation")
-    taken = set()
-    if effusion is not None and effusion.attributes["degree"] != "small":
-        side = effusion.attributes["side"]
-        taken |= {
-            lobe for lobe in LOBES if "lower" in lobe and side in ("bilateral", lobe.split()[0])
-        }
-    if consolidation is not None:
-        there["Consolidation"] = _elsewhere(consolidation, taken)
-        taken |= {there["Consolidation"].attributes["lobe"]}
-    if "Lung nodule" in there:
-        there["Lung nodule"] = _elsewhere(there["Lung nodule"], taken)
-    return tuple(there[p.name] for p in placed)
+def _with_centre(placed: PlacedFinding, anatomy: Anatomy) -> PlacedFinding:
+    z, y, x = FINDINGS[placed.name].centre(anatomy, placed)
+    return replace(placed, centre_mm=(float(x), float(y), float(z)))
 
 
-def _elsewhere(placed: Placed, taken: set[str]) -> Placed:
-    lobe = placed.attributes["lobe"]
-    if lobe not in taken:
-        return placed
-    free = [other for other in LOBES if other not in taken]
-    chosen = free[int(placed.attributes["u"][3] * len(free))]
-    return replace(placed, attributes={**placed.attributes, "lobe": chosen})
+# --- twins ------------------------------------------------------------------------------------
+
+CHANGES = ("remove", "add", "move", "resize")
 
 
 def twin(study: PhantomStudy, change: str, finding: str | None = None) -> PhantomStudy:
     """The same study but for one finding; all else is equal voxel for voxel.
 
     Args:
-        change: "remove", "add", "move" (to another side or lobe) or "resize".
+        change: "remove", "add", "move" (to the other side or another lobe) or "resize".
         finding: which; the first that the change fits, where not given.
 
     Raises:
         PhantomError: if no finding of the study can be changed so.
     """
+    if change not in CHANGES:
+        raise PhantomError(f"change {change!r} is unknown: use {', '.join(CHANGES)}.")
     there = {p.name: p for p in study.truth.findings}
-    if change == "add":
-        fitting = [name for name in FINDINGS if name not in there]
-    elif change == "remove":
-        fitting = list(there)
-    elif change == "move":
-        fitting = [n for n, p in there.items() if {"side", "lobe"} & set(p.attributes)]
-    elif change == "resize":
-        fitting = [n for n, p in there.items() if p.size_mm is not None]
-    else:
-        raise PhantomError(f"change {change!r} is unknown: use remove, add, move or resize.")
-    name = finding or next(iter(fitting), None)
-    if name is None or name not in fitting:
-        raise PhantomError(f"study {study.study_id}: no finding to {change} ({finding or 'any'}).")
-    if change == "add":
-        placed = [*there.values(), _place(name, study.seed, study.split, study.index)]
-        order = list(FINDINGS)
-        placed.sort(key=lambda p: order.index(p.name))
-    elif change == "remove":
-        placed = [p for p in there.values() if p.name != name]
-    else:
-        changed = _moved(there[name]) if change == "move" else _resized(there[name])
-        placed = [changed if p.name == name else p for p in there.values()]
-    truth = replace(study.truth, findings=tuple(placed))
-    label = f"{change}-{name.lower().replace(' ', '-')}"
-    return replace(study, truth=truth, changed=label)
+    candidates = [n for n in FINDINGS if (n in there) == (change != "add")]
+    for name in candidates if finding is None else [finding]:
+        if name not in candidates:
+            continue
+        others = [p for p in study.truth.findings if p.name != name]
+        changed = _change(study, change, name, others)
+        if changed is None and change != "remove":
+            continue
+        placed = others if changed is None else [*others, changed]
+        placed.sort(key=lambda p: list(FINDINGS).index(p.name))
+        label = f"{change}-{name.lower().replace(' ', '-')}"
+        truth = replace(study.truth, findings=tuple(placed))
+        return replace(study, truth=truth, changed=label)
+    raise PhantomError(f"study {study.study_id}: no finding to {change} ({finding or 'any'}).")
 
 
-def _moved(placed: Placed) -> Placed:
-    key = "side" if "side" in placed.attributes else "lobe"
-    values = placed.finding.attributes[key]
+def _change(
+    study: PhantomStudy, change: str, name: str, others: list[PlacedFinding]
+) -> PlacedFinding | None:
+    if change == "remove":
+        return None
+    if change == "add":
+        return _place(name, study._stream(f"finding {name}"), study.anatomy, others)
+    now = next(p for p in study.truth.findings if p.name == name)
+    taken = set().union(*(FINDINGS[p.name].places(p) for p in others))
+    for attributes in _moves(now) if change == "move" else _resizes(now):
+        changed = _with_centre(replace(now, attributes=attributes), study.anatomy)
+        if not FINDINGS[name].places(changed) & taken:
+            return changed
+    return None
+
+
+def _moves(placed: PlacedFinding) -> list[dict[str, Any]]:
+    """The attributes it has elsewhere: first on the other side."""
+    finding = FINDINGS[placed.name]
+    key = finding.location
+    if key is None:
+        return []
     old = placed.attributes[key]
-    if old in ("right", "left"):
-        new = "left" if old == "right" else "right"
-    else:
-        new = values[(values.index(old) + 1) % len(values)]
-    return replace(placed, attributes={**placed.attributes, key: new})
+    new = [value for value in finding.attributes[key] if value not in (old, "bilateral")]
+    new.sort(key=lambda value: value.split()[0] == old.split()[0])
+    return [{**placed.attributes, key: value} for value in new]
 
 
-def _resized(placed: Placed) -> Placed:
-    low, high = placed.finding.sizes or (0, 0)
-    size = high if placed.attributes["size"] < (low + high) / 2 else low
-    return replace(placed, attributes={**placed.attributes, "size": size})
+def _resizes(placed: PlacedFinding) -> list[dict[str, Any]]:
+    """The attributes it has at the other end of its range of sizes."""
+    sizes = FINDINGS[placed.name].sizes
+    if sizes is None:
+        return []
+    size = sizes[0] if is_large(placed.name, placed.attributes["size"]) else sizes[1]
+    return [{**placed.attributes, "size": size}]
+
+
+# --- labels and counts ------------------------------------------------------------------------
 
 
 def concept_vector(study: PhantomStudy) -> np.ndarray:
     """(number of CONCEPTS,) float32, 0 or 1."""
     return np.array(list(study.concepts.values()), dtype=np.float32)
+
+
+def describe(n: int, *, seed: int = 0, split: str = "train") -> dict[str, Any]:
+    """What the first `n` studies hold: prevalences, distinct combinations, texts."""
+    kinds, counts = Counter(), Counter()
+    combinations, truths, sentences, words, lengths = set(), set(), set(), set(), []
+    answers: Counter[str] = Counter()
+    for index in range(n):
+        study = make_study(index, seed=seed, split=split)
+        names = tuple(p.name for p in study.truth.findings)
+        kinds.update(names)
+        counts[len(names)] += 1
+        combinations.add(names)
+        details = [(p.name, *sorted(p.attributes.items())) for p in study.truth.findings]
+        truths.add((study.truth.plane, study.truth.phase, *details))
+        sentences.update(split_sentences(study.report))
+        lengths.append(len(study.report.split()))
+        words.update(_words(study))
+        answers.update(q.answer for q in study.questions if q.kind == "yes_no")
+    return {
+        "studies": n,
+        "prevalence": {name: kinds[name] / n for name in FINDINGS},
+        "findings_per_study": dict(sorted(counts.items())),
+        "distinct_combinations": len(combinations),
+        "distinct_truths": len(truths),
+        "distinct_sentences": len(sentences),
+        "report_words": {"least": min(lengths), "mean": sum(lengths) / n, "most": max(lengths)},
+        "vocabulary": len(words),
+        "yes_no": dict(answers),
+    }
+
+
+def _words(study: PhantomStudy) -> set[str]:
+    texts = [study.report, study.caption]
+    for question in study.questions:
+        texts += [question.text, question.answer, *(question.choices or ())]
+    return {word.strip(".,:?()").lower() for text in texts for word in text.split()}
