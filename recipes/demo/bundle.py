@@ -9,9 +9,8 @@ import json
 import platform
 from pathlib import Path
 
-from med3dvlm.evaluate.phantoms import evaluate_on_phantoms
-
 from med3dvlm.cli.common import progress_bar
+from med3dvlm.evaluate.phantoms import evaluate_on_phantoms
 from med3dvlm.files import atomic_folder
 from med3dvlm.hub import load
 
