@@ -10,8 +10,9 @@ import time
 import numpy as np
 import pytest
 
+from med3dvlm.data.sources import SourceError, find_scans
 from med3dvlm.scan import PRESETS, Scan
-from med3dvlm.search import SearchIndex, SearchIndexError, Study, build_index, find_scans
+from med3dvlm.search import SearchIndex, SearchIndexError, Study, build_index
 
 
 class Histogram:
@@ -366,24 +367,24 @@ def test_conditions_and_unknown_columns(archive, tmp_path):
 
 def test_a_manifest_cannot_point_outside_its_folder(archive):
     (archive / "m.csv").write_text("path\n../../etc/passwd\n")
-    with pytest.raises(SearchIndexError, match="outside"):
+    with pytest.raises(SourceError, match="outside"):
         find_scans(archive / "m.csv")
     assert len(find_scans(archive / "m.csv", allow_outside=True)) == 1
     (archive / "m.csv").write_text("path\nv0.npy\n./v0.npy\n")
-    with pytest.raises(SearchIndexError, match="second time"):
+    with pytest.raises(SourceError, match="second time"):
         find_scans(archive / "m.csv")
     (archive / "m.jsonl").write_text('{"path": "a\\u0000b"}\n')
-    with pytest.raises(SearchIndexError, match="row 1"):
+    with pytest.raises(SourceError, match="row 1"):
         find_scans(archive / "m.jsonl")
     (archive / "m.csv").write_text("file\nv0.npy\n")
-    with pytest.raises(SearchIndexError, match="no path"):
+    with pytest.raises(SourceError, match="no path"):
         find_scans(archive / "m.csv")
 
 
 def test_nothing_to_index(tmp_path):
-    with pytest.raises(SearchIndexError, match="does not exist"):
+    with pytest.raises(SourceError, match="does not exist"):
         find_scans(tmp_path / "nowhere")
-    with pytest.raises(SearchIndexError, match="holds no scan"):
+    with pytest.raises(SourceError, match="holds no scan"):
         find_scans(tmp_path)
     with pytest.raises(SearchIndexError, match="is no index"):
         SearchIndex.open(tmp_path)

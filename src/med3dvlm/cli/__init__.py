@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from med3dvlm.cli import archive, data, demo, models, read
+from med3dvlm.cli import archive, benchmark, data, demo, models, read, store
 from med3dvlm.cli.common import fail
 
 app = typer.Typer(
@@ -51,10 +51,13 @@ app.command("report")(read.report)
 app.command("ask")(read.ask)
 app.add_typer(archive.index_app, name="index")
 app.command("search")(archive.search)
+app.command("prepare")(store.prepare)
+app.add_typer(store.data_app, name="data")
 app.command("phantoms")(data.phantoms)
 app.add_typer(data.train_app, name="train")
 app.add_typer(data.evaluate_app, name="evaluate")
 app.add_typer(models.app, name="model")
+app.add_typer(benchmark.app, name="benchmark")
 
 
 def main() -> None:

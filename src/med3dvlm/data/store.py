@@ -1,127 +1,253 @@
-"""A store of prepared studies: the volumes in one memory-mapped array, the texts beside it.
+"""A store of prepared studies: the volumes in one chunked, compressed array, the texts beside it.
 
-preparation.json   how the volumes were prepared
-volumes.npy        (n, D, H, W) uint8, 0..255 for the prepared 0..1
-studies.jsonl      one study a line: id, report, caption, questions, concepts
-concepts.json      the names of the concepts, in the order of each study's vector
+    store.json        what the store is: format, layout it came from, dtype, range, labels
+    preparation.json  how the volumes were prepared
+    volumes.zarr/     (rows, D, H, W) uint8 or float16, a few chunks a volume, many volumes a shard
+    manifest.parquet  one row a study: id, row of the array, texts, questions, source, hashes, …
+    refused.csv       what could not be prepared, and why
+
+Zarr v3 with sharding (decision 0006): a volume, or a part of one, is one range request, from a
+disk or through fsspec from object storage; a shard is one file.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable
-from dataclasses import asdict
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
-import torch
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import zarr
+from zarr.codecs import BloscCodec
 
-from med3dvlm.data.phantoms import CONCEPTS, PHANTOM_VERSION, concept_vector, make_study
-from med3dvlm.files import atomic_folder, write_json
-from med3dvlm.scan import Preparation, compare_preparations, prepare
+from med3dvlm.scan import Preparation, compare_preparations
 
-Progress = Callable[[int, int], None]
+FORMAT = 1
+CHUNK_BYTES = 8 * 2**20
+DTYPES = ("uint8", "float16")
+VOLUMES, MANIFEST, REFUSED = "volumes.zarr", "manifest.parquet", "refused.csv"
+STORE, PREPARATION = "store.json", "preparation.json"
+
+QUESTION = pa.struct(
+    [
+        ("text", pa.string()),
+        ("answer", pa.string()),
+        ("kind", pa.string()),
+        ("type", pa.int8()),
+        ("choices", pa.list_(pa.string())),
+        ("answer_choice", pa.string()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("row", pa.int64()),
+        ("splits", pa.list_(pa.string())),
+        ("case", pa.string()),
+        ("report", pa.string()),
+        ("caption", pa.string()),
+        ("questions", pa.list_(QUESTION)),
+        ("labels", pa.list_(pa.int8())),
+        ("source", pa.string()),
+        ("source_sha256", pa.string()),
+        ("volume_sha256", pa.string()),
+        ("original_shape", pa.list_(pa.int32())),
+        ("spacing_mm", pa.list_(pa.float64())),
+        ("modality", pa.string()),
+        ("units", pa.string()),
+        ("notes", pa.list_(pa.string())),
+        ("metadata", pa.string()),
+    ]
+)
 
 
 class StoreError(ValueError):
     """A store that cannot be used, in one sentence with the remedy."""
 
 
-class Store:
-    """A store opened for reading."""
+@dataclass(frozen=True)
+class Quantisation:
+    """How prepared values lie in the array.
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        try:
-            self.preparation = Preparation.load(self.folder / "preparation.json")
-            self.volumes = np.load(self.folder / "volumes.npy", mmap_mode="r")
-            lines = (self.folder / "studies.jsonl").read_text("utf-8").splitlines()
-            self.studies: list[dict[str, Any]] = [json.loads(line) for line in lines]
-            self.concepts: list[str] = json.loads((self.folder / "concepts.json").read_text())
-        except (OSError, ValueError) as error:
+    uint8 holds 256 even steps from `low` to `high`, so no value is off by more than half a step
+    ((high − low) / 510), a quarter of a step on average; float16 holds the values themselves.
+    """
+
+    dtype: str
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, preparation: Preparation, dtype: str) -> Quantisation:
+        """That of a preparation, whose window says which values can come.
+
+        Raises:
+            StoreError: for another dtype than uint8 and float16.
+        """
+        if dtype not in DTYPES:
+            raise StoreError(f"dtype {dtype!r} is unknown: use {' or '.join(DTYPES)}.")
+        outputs = [output for _, output in preparation.window] + [preparation.pad_value]
+        return cls(dtype, min(outputs), max(outputs))
+
+    def encode(self, volume: np.ndarray) -> np.ndarray:
+        if self.dtype == "float16":
+            return volume.astype(np.float16)
+        return np.round((volume - self.low) * (255 / (self.high - self.low))).astype(np.uint8)
+
+    def decode(self, stored: Any) -> Any:
+        """Stored values, an array or a tensor of any shape, as float32 of the same kind."""
+        values = stored.astype(np.float32) if isinstance(stored, np.ndarray) else stored.float()
+        if self.dtype == "float16":
+            return values
+        return values * ((self.high - self.low) / 255) + self.low
+
+
+def create_volumes(
+    folder: Path, count: int, size: Sequence[int], dtype: str, *, shard: int
+) -> zarr.Array:
+    """An empty array for `count` volumes, `shard` of them a file.
+
+    LZ4 because it is read at the speed of memory; the bytes of float16 are regrouped first, or
+    their noise would hide what repeats.
+    """
+    width = np.dtype(dtype).itemsize
+    depth, *plane = size
+    # so that a part of a large volume is read without the whole
+    steps = [step for step in range(1, depth + 1) if depth % step == 0]
+    fitting = [step for step in steps if step * math.prod(plane) * width <= CHUNK_BYTES]
+    codec = BloscCodec(
+        cname="lz4", clevel=5, typesize=width, shuffle="noshuffle" if width == 1 else "bitshuffle"
+    )
+    return zarr.create_array(
+        folder,
+        shape=(count, *size),
+        dtype=dtype,
+        chunks=(1, max(fitting, default=1), *plane),
+        shards=(shard, *size),
+        compressors=codec,
+        fill_value=0,
+    )
+
+
+class Store:
+    """A store opened for reading; studies are numbered 0 to len − 1 in the manifest's order.
+
+    Args:
+        location: a local folder, or any URL that fsspec knows (s3://…, gs://…, memory://…).
+        skip: ids of studies to leave out.
+
+    Raises:
+        StoreError: if it is no store, is not finished, or does not have a study named in `skip`.
+    """
+
+    def __init__(self, location: Path | str, *, skip: Sequence[str] = ()):
+        self.location = str(location).rstrip("/")
+        info = json.loads(self._read(STORE))
+        if info.get("format") != FORMAT:
             raise StoreError(
-                f"{self.folder} is not a store of prepared studies ({error}): prepare it again."
-            ) from error
-        if len(self.studies) != len(self.volumes):
-            raise StoreError(
-                f"{self.folder} holds {len(self.volumes)} volumes and {len(self.studies)} texts: "
-                "prepare it again."
+                f"{self.location} is a store of format {info.get('format')}, this version reads "
+                f"{FORMAT}: prepare it again."
             )
+        self.info: dict[str, Any] = info
+        self.preparation = Preparation.from_dict(json.loads(self._read(PREPARATION)))
+        self.quantisation = Quantisation(info["dtype"], info["low"], info["high"])
+        self.labels: list[str] = info["labels"]
+        self.table = parquet.read_table(pa.BufferReader(self._read(MANIFEST)))
+        if skip:
+            self.table = self._without(skip)
+        self.ids: list[str] = self.table["id"].to_pylist()
+        self.rows = self.table["row"].to_numpy()
 
     def __len__(self) -> int:
-        return len(self.studies)
+        return len(self.ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Workers open the array themselves."""
+        return {k: v for k, v in self.__dict__.items() if k != "volumes"}
+
+    @cached_property
+    def volumes(self) -> zarr.Array:
+        """(rows, D, H, W) as stored; study i lies in row `rows[i]`."""
+        return zarr.open_array(f"{self.location}/{VOLUMES}", mode="r")
+
+    def stored(self, index: int, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """(D, H, W) of a study as stored, or the `part` of it that three slices name.
+
+        Raises:
+            StoreError: if the volume cannot be read, naming the study.
+        """
+        try:
+            return np.asarray(self.volumes[(int(self.rows[index]), *part)])
+        except Exception as error:  # a damaged shard fails in the codec, the index, the disk
+            raise StoreError(
+                f"{self.location}: the volume of study {self.ids[index]} cannot be read "
+                f"({error}); prepare or copy the store again, or skip that study."
+            ) from error
+
+    def volume(self, index: int, part: tuple[slice, ...] = ()) -> np.ndarray:
+        """As `stored`, but the prepared values, float32."""
+        return self.quantisation.decode(self.stored(index, part))
+
+    def study(self, index: int) -> dict[str, Any]:
+        """A row of the manifest: see :data:`SCHEMA`."""
+        row = self.table.slice(index, 1).to_pylist()[0]
+        row["metadata"] = json.loads(row["metadata"] or "{}")
+        return row
+
+    def index_of(self, study_id: str) -> int:
+        """The number of a study.
+
+        Raises:
+            StoreError: if there is none of that id.
+        """
+        if study_id not in self.ids:
+            raise StoreError(f"{self.location} holds no study {study_id!r}.")
+        return self.ids.index(study_id)
+
+    def in_split(self, split: str) -> np.ndarray:
+        """The numbers of the studies of one split."""
+        listed = self.table["splits"].to_pylist()
+        return np.array([i for i, splits in enumerate(listed) if split in splits], dtype=np.int64)
+
+    def label_matrix(self) -> np.ndarray:
+        """(studies, labels) float32, 0 or 1.
+
+        Raises:
+            StoreError: if some studies have no labels.
+        """
+        rows = self.table["labels"].to_pylist()
+        if any(len(row) != len(self.labels) for row in rows):
+            raise StoreError(f"{self.location}: not every study has its {len(self.labels)} labels.")
+        return np.array(rows, dtype=np.float32)
 
     def check_preparation(self, preparation: Preparation) -> None:
         """Raise a ValueError that shows both where a model wants other volumes than these."""
         compare_preparations(self.preparation, preparation)
 
-    def concept_matrix(self) -> np.ndarray:
-        """(n, concepts) float32, 0 or 1."""
-        return np.array([study["concepts"] for study in self.studies], dtype=np.float32)
+    def _read(self, name: str) -> bytes:
+        try:
+            with fsspec.open(f"{self.location}/{name}", "rb") as file:
+                return file.read()
+        except (OSError, ValueError, ImportError) as error:
+            if name == STORE:
+                raise StoreError(
+                    f"{self.location} is no finished store of prepared studies: run med3dvlm "
+                    "prepare, again if it was stopped."
+                ) from error
+            raise StoreError(f"{self.location}: {name} cannot be read ({error}).") from error
 
-
-def prepare_phantoms(
-    folder: Path | str,
-    count: int,
-    *,
-    split: str,
-    preparation: Preparation,
-    seed: int = 0,
-    workers: int = 2,
-    progress: Progress | None = None,
-) -> Store:
-    """A store of generated studies; one that is there already and is the same is kept."""
-    folder = Path(folder)
-    source = {"phantoms": PHANTOM_VERSION, "seed": seed, "split": split, "count": count}
-    if _is_from(folder, source, preparation):
-        return Store(folder)
-    size = preparation.size
-    with atomic_folder(folder) as temporary:
-        volumes = np.lib.format.open_memmap(
-            temporary / "volumes.npy", mode="w+", dtype=np.uint8, shape=(count, *size)
-        )
-        jobs = ((index, seed, split, preparation) for index in range(count))
-        # "spawn": forking a process that has used torch's threads can hang
-        context = multiprocessing.get_context("spawn")
-        with (
-            context.Pool(workers, initializer=_one_thread) as pool,
-            (temporary / "studies.jsonl").open("w", encoding="utf-8") as lines,
-        ):
-            for index, (volume, study) in enumerate(pool.imap(_prepare_one, jobs, chunksize=8)):
-                volumes[index] = volume
-                lines.write(json.dumps(study) + "\n")
-                if progress:
-                    progress(index + 1, count)
-        volumes.flush()
-        write_json(temporary / "concepts.json", list(CONCEPTS))
-        write_json(temporary / "source.json", source)
-        preparation.save(temporary / "preparation.json")
-    return Store(folder)
-
-
-def _is_from(folder: Path, source: dict[str, Any], preparation: Preparation) -> bool:
-    path = folder / "source.json"
-    if not path.is_file() or json.loads(path.read_text()) != source:
-        return False
-    return Preparation.load(folder / "preparation.json") == preparation
-
-
-def _one_thread() -> None:
-    """Workers share the cores already; more threads in each would only wait for each other."""
-    torch.set_num_threads(1)
-
-
-def _prepare_one(job: tuple[int, int, str, Preparation]) -> tuple[np.ndarray, dict[str, Any]]:
-    index, seed, split, preparation = job
-    study = make_study(index, seed=seed, split=split)
-    volume = prepare(study.scan(), preparation)[0]
-    texts = {
-        "id": study.study_id,
-        "report": study.report,
-        "caption": study.caption,
-        "questions": [asdict(question) for question in study.questions],
-        "concepts": concept_vector(study).astype(int).tolist(),
-    }
-    return np.round(volume * 255).astype(np.uint8), texts
+    def _without(self, skip: Sequence[str]) -> pa.Table:
+        unknown = sorted(set(skip) - set(self.table["id"].to_pylist()))
+        if unknown:
+            raise StoreError(
+                f"{self.location} holds no study {unknown[0]!r}, which is to be skipped."
+            )
+        kept = [study_id not in skip for study_id in self.table["id"].to_pylist()]
+        return self.table.filter(pa.array(kept))

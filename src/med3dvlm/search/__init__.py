@@ -1,6 +1,6 @@
 """Search: an index of embedded studies, and how it is built."""
 
-from med3dvlm.search.build import BuildResult, build_index, find_scans
+from med3dvlm.search.build import BuildResult, build_index
 from med3dvlm.search.index import Hit, SearchIndex, SearchIndexError, Study
 
 __all__ = [
@@ -10,5 +10,4 @@ __all__ = [
     "SearchIndexError",
     "Study",
     "build_index",
-    "find_scans",
 ]

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from med3dvlm.data.sources import Source, absolute, content_hash, find_scans
 from med3dvlm.scan import Scan, ScanError, read_scan
-from med3dvlm.scan.dicom_series import is_dicom
 from med3dvlm.search.index import Embedder, SearchIndex, SearchIndexError, Study
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy")
-HEADER_SUFFIXES = (".nhdr", ".mhd")  # their voxels may lie in a file beside them
-DICOM_SUFFIXES = (".dcm", ".ima")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
-NO_DICOM = (*VOLUME_SUFFIXES, *PICTURE_SUFFIXES, ".txt", ".json", ".csv", ".gz")
-REPORT_BYTES = 2**20  # a longer text beside a scan is a log or a table, no report
 SAVE_EVERY = 200  # studies; a killed build goes on from the last save
 FACTS = ("modality", "shape", "spacing_mm")  # what a scan itself adds to the metadata
 
 Refused = Callable[[str, str], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A scan to be indexed, with what the manifest or the folder says of it.
-
-    `refusal` says why it is not to be read at all, if so.
-    """
-
-    id: str
-    path: Path
-    report: str = ""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    refusal: str = ""
 
 
 @dataclass
@@ -93,7 +68,7 @@ def build_index(
     Raises:
         SearchIndexError: if there is nothing to index, or the index is of another model.
     """
-    source, folder = _absolute(source), _absolute(folder)
+    source, folder = absolute(source), absolute(folder)
     if source.is_relative_to(folder):
         raise SearchIndexError(f"{folder} holds the scans themselves: give the index its own.")
     sources = find_scans(source, allow_outside=allow_outside)
@@ -211,202 +186,3 @@ def _facts(scan: Scan) -> dict[str, Any]:
 
 def _study(item: Source, digest: str, facts: dict[str, Any]) -> Study:
     return Study(item.id, str(item.path), digest, item.report, {**facts, **item.metadata})
-
-
-def find_scans(source: Path | str, *, allow_outside: bool = False) -> list[Source]:
-    """The scans of a folder, a manifest or a single file, in a stable order.
-
-    In a folder: every volume file, every folder of DICOM files, every folder of two or more
-    pictures without a volume beside them; hidden files and other indexes are left out. The report
-    of `name.nii.gz` or of a folder `name` is `name.txt` beside it, else `report.txt` beside it or
-    in the folder. A folder with a `manifest.jsonl` is read by that.
-
-    A manifest (.csv, .jsonl) has a column `path` (or `image`), relative to its own folder, and
-    may have `report`, `id` and any others, which are kept as metadata where they are plain values.
-
-    Args:
-        allow_outside: follow paths and links that lead out of the source's folder. A manifest
-            or an archive from elsewhere could otherwise pull any file of this machine into an
-            index that others search.
-
-    Raises:
-        SearchIndexError: if the source is missing, a manifest is faulty, or no scan is found.
-    """
-    source = _absolute(source)
-    if not source.exists():
-        raise SearchIndexError(f"{source} does not exist: give a folder of scans or a manifest.")
-    if source.is_file() and source.suffix.lower() in (".csv", ".jsonl"):
-        found = _from_manifest(source, allow_outside)
-    elif source.is_file():
-        found = [_from_path(source, source.parent, allow_outside)]
-    elif (source / "manifest.jsonl").is_file():
-        found = _from_manifest(source / "manifest.jsonl", allow_outside)
-    else:
-        found = _from_folder(source, allow_outside)
-    if not found:
-        raise SearchIndexError(f"{source} holds no scan: give a folder of scans or a manifest.")
-    return found
-
-
-def _absolute(path: Path | str) -> Path:
-    """Without "..", so that a scan has one name however the command was called."""
-    return Path(os.path.abspath(path))
-
-
-def _from_folder(root: Path, allow_outside: bool) -> list[Source]:
-    found = [
-        item if isinstance(item, Source) else _from_path(item, root, allow_outside)
-        for item in _walk(root, allow_outside)
-    ]
-    shared = {name for name, count in Counter(item.id for item in found).items() if count > 1}
-    found = [  # a.nrrd beside a.nii.gz: an id each
-        replace(item, id=item.path.relative_to(root).as_posix()) if item.id in shared else item
-        for item in found
-    ]
-    return sorted(found, key=lambda item: item.path)
-
-
-def _walk(root: Path, allow_outside: bool) -> Iterator[Path | Source]:
-    """Volume files and folders of slices; a Source where there is something to refuse."""
-    problems: list[OSError] = []
-    visited: set[str] = set()
-    for parent, folders, names in os.walk(root, onerror=problems.append, followlinks=allow_outside):
-        here = Path(parent)
-        real = os.path.realpath(here)
-        if real in visited or _is_index(here):
-            folders.clear()  # a link in a circle, or embeddings that look like volumes
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if not allow_outside:
-            for name in folders:
-                if (here / name).is_symlink() and not _inside(here / name, root):
-                    yield _outside(here / name)
-        files = sorted(here / name for name in names if not name.startswith("."))
-        volumes = [path for path in files if path.name.lower().endswith(VOLUME_SUFFIXES)]
-        yield from (path for path in volumes if path.is_file())
-        if _holds_slices(files, pictures=not volumes):
-            yield here
-    for problem in problems:
-        reason = f"{problem.filename}: it cannot be opened ({problem.strerror})."
-        yield Source(str(problem.filename), Path(problem.filename), refusal=reason)
-
-
-def _is_index(folder: Path) -> bool:
-    return (folder / "index.json").is_file() and any(folder.glob("studies-*.jsonl"))
-
-
-def _holds_slices(files: list[Path], *, pictures: bool) -> bool:
-    """Files of one folder: DICOM by suffix or, without one, by content; or several pictures."""
-    suffixes = Counter(path.suffix.lower() for path in files)
-    if any(suffixes[suffix] for suffix in DICOM_SUFFIXES):
-        return True
-    if pictures and sum(suffixes[suffix] for suffix in PICTURE_SUFFIXES) > 1:
-        return True
-    # names like IM0001, or a UID, whose last number looks like a suffix
-    unknown = (path for path in files if path.suffix.lower() not in NO_DICOM)
-    return any(path.is_file() and is_dicom(path) for path in unknown)
-
-
-def _from_path(path: Path, root: Path, allow_outside: bool) -> Source:
-    if not allow_outside and not _inside(path, root):
-        return _outside(path)
-    stem = _stem(path)
-    name = stem if path == root else (path.parent / stem).relative_to(root).as_posix()
-    return Source(name, path, _report_beside(path, stem, root, allow_outside))
-
-
-def _stem(path: Path) -> str:
-    """The name without the suffix of a volume; names like 1.2.840.1 keep their dots."""
-    if path.is_dir():
-        return path.name
-    lower = path.name.lower()
-    fits = [suffix for suffix in VOLUME_SUFFIXES if lower.endswith(suffix)]
-    return path.name[: -len(max(fits, key=len))] if fits else path.stem
-
-
-def _report_beside(path: Path, stem: str, root: Path, allow_outside: bool) -> str:
-    places = [path / "report.txt"] if path.is_dir() else []
-    if path != root:
-        places = [path.parent / f"{stem}.txt", *places, path.parent / "report.txt"]
-    for text in places:
-        allowed = text.is_file() and (allow_outside or _inside(text, root))
-        if allowed and text.stat().st_size <= REPORT_BYTES:
-            return text.read_text("utf-8-sig", errors="replace").strip()
-    return ""
-
-
-def _inside(path: Path, root: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-
-
-def _outside(path: Path) -> Source:
-    reason = f"{path}: it links to outside the folder; copy it in, or allow that explicitly."
-    return Source(_stem(path), path, refusal=reason)
-
-
-def _from_manifest(manifest: Path, allow_outside: bool) -> list[Source]:
-    root = manifest.parent.resolve()
-    found: dict[Path, Source] = {}
-    for number, row in enumerate(_rows(manifest), start=1):
-        where = f"{manifest}, row {number}"
-        given = (row.get("path") or row.get("image")) if isinstance(row, dict) else None
-        if not given:
-            raise SearchIndexError(f"{where}: there is no path; add the column.")
-        try:
-            path = (root / str(given)).resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SearchIndexError(f"{where}: {given!r} is no path ({error}).") from error
-        if not allow_outside and not path.is_relative_to(root):
-            raise SearchIndexError(
-                f"{where}: {given!r} lies outside the manifest's folder; put the manifest above "
-                "its scans, or allow that explicitly."
-            )
-        if path in found:
-            raise SearchIndexError(f"{where}: {given!r} is there a second time; remove one.")
-        extra = {
-            str(key): value
-            for key, value in row.items()
-            if key not in ("path", "image", "report", "id")
-            and isinstance(value, str | int | float | bool)
-        }
-        name, report = str(row.get("id") or given), str(row.get("report") or "")
-        found[path] = Source(name, path, report, extra)
-    return list(found.values())
-
-
-def _rows(manifest: Path) -> list[Any]:
-    try:
-        text = manifest.read_bytes().decode("utf-8-sig")  # spreadsheets put a mark in front
-        if manifest.suffix.lower() == ".csv":  # line breaks inside quotes are the report's own
-            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise SearchIndexError(f"{manifest} cannot be read as a manifest: {error}.") from error
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of everything that is read for a scan; "" if it is missing.
-
-    For a folder all its files but texts and hidden ones; for one DICOM file its series lies
-    beside it, and for a detached header its voxels, so the files there count too.
-    """
-    root = path if path.is_dir() else path.parent
-    if path.is_dir():
-        files = [p for p in path.rglob("*") if not p.name.startswith(".")]
-    elif not path.is_file():
-        return ""
-    elif path.name.lower().endswith(HEADER_SUFFIXES):
-        files = [p for p in root.iterdir() if p.name.startswith(f"{_stem(path)}.")]
-    elif is_dicom(path):
-        files = [p for p in root.iterdir() if p.is_file() and is_dicom(p)]
-    else:
-        files = [path]
-    files = sorted(p for p in files if p.is_file() and p.suffix.lower() != ".txt")
-    digest = hashlib.sha256()
-    for file in files:
-        if files != [path]:  # a single volume is the same under any name
-            digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
