@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 import yaml
 
 from med3dvlm import hub
-from med3dvlm.data.store import Store, StoreError, prepare_phantoms
-from med3dvlm.scan import Preparation
+from med3dvlm.data.prepare import prepare_phantoms
+from med3dvlm.data.store import Store, StoreError
+from med3dvlm.models import VolumeTextDualEncoder
+from med3dvlm.scan import PRESETS, Preparation
 from med3dvlm.train import RecipeError, load_recipe, train
 from med3dvlm.train.engine import freeze_all_but
 
@@ -50,7 +53,7 @@ def recipe(tmp_path: Path, store: Path, **changes) -> Path:
             "projection_dim": 16,
             "concept_loss_weight": 1.0,
         },
-        "data": {"store": str(store), "studies": 8, "workers": 1},
+        "data": {"store": str(store), "phantoms": 8, "workers": 1},
         "training": {
             "batch_size": 4,
             "epochs": 2,
@@ -106,7 +109,7 @@ def test_three_stages_end_to_end(tmp_path, store):
         "instruction",
         "alignment",
         train=["projector", "language_model", "vision_encoder"],
-        data={"store": str(store), "studies": 8, "tasks": tasks},
+        data={"store": str(store), "phantoms": 8, "tasks": tasks},
     )
     tuned = train(load_recipe(path))
     moved = [
@@ -146,18 +149,41 @@ def test_lora_changes_the_language_model_through_adapters_alone(tmp_path, store)
     assert not any("embed_tokens" in name or "vision_encoder" in name for name in changed)
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, store):
-    path = recipe(tmp_path, store)
-    whole = weights(train(load_recipe(path)))
-    checkpoints = tmp_path / "contrastive" / "checkpoints"
-    assert (checkpoints / "checkpoint-4").is_dir()
-    shutil.rmtree(tmp_path / "contrastive")
-    train(load_recipe(path, ["training.max_steps=2"]))
-    assert (checkpoints / "checkpoint-2").is_dir()
-    train(load_recipe(path))
-    state = json.loads((checkpoints / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["global_step"] == 4
-    assert whole.keys() == weights(hub.load(tmp_path / "contrastive")).keys()
+class Interrupted(Exception):
+    """Stands for whatever ends a run."""
+
+
+@pytest.mark.parametrize(("workers", "steps"), [(0, (1, 3, 4, 5, 7)), (1, (2, 4, 6)), (4, (3, 5))])
+def test_interrupted_runs_see_the_same_batches_and_end_in_the_same_weights(
+    tmp_path, store, monkeypatch, workers, steps
+):
+    """Two epochs of four steps, interrupted at a step and resumed."""
+    training = {"batch_size": 2, "epochs": 2, "loggers": [], "save_steps": 1, "log_steps": 1}
+    path = recipe(tmp_path, store, training={**training, "loader_workers": workers})
+    forward = VolumeTextDualEncoder.forward
+    seen: list[str] = []
+
+    def run(stop: int | None = None) -> dict[str, torch.Tensor]:
+        def recording(self, *args, **batch):
+            if len(seen) == stop:
+                raise Interrupted
+            content = batch["volumes"].numpy().tobytes() + batch["input_ids"].numpy().tobytes()
+            seen.append(hashlib.sha256(content).hexdigest())
+            return forward(self, *args, **batch)
+
+        monkeypatch.setattr(VolumeTextDualEncoder, "forward", recording)
+        return weights(train(load_recipe(path)))
+
+    whole, batches = run(), list(seen)
+    assert len(set(batches)) == 8
+    for step in steps:
+        shutil.rmtree(tmp_path / "contrastive")
+        seen.clear()
+        with pytest.raises(Interrupted):
+            run(stop=step)
+        resumed = run()
+        assert seen == batches
+        assert not [name for name in whole if not torch.equal(whole[name], resumed[name])]
 
 
 def test_time_limit_ends_a_run(tmp_path, store):
@@ -172,7 +198,10 @@ def test_time_limit_ends_a_run(tmp_path, store):
 
 @pytest.mark.parametrize("name", ["contrastive", "alignment", "instruction"])
 def test_the_committed_recipes_can_be_read(name):
-    assert load_recipe(RECIPES / f"{name}.yaml").stage == name
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.stage == name
+    if recipe.preparation:
+        assert Preparation.from_dict(recipe.preparation) == PRESETS["demo"]
 
 
 def test_recipes_that_cannot_be_followed(tmp_path, store):
@@ -194,12 +223,12 @@ def test_recipes_that_cannot_be_followed(tmp_path, store):
 def test_the_store_is_kept_and_checked(tmp_path, store):
     opened = Store(store)
     assert len(opened) == 8 and opened.volumes.dtype == np.uint8
-    stamp = (store / "volumes.npy").stat().st_mtime_ns
+    stamp = (store / "store.json").stat().st_mtime_ns
     prepare_phantoms(store, 8, split="train", preparation=SMALL, workers=1)
-    assert (store / "volumes.npy").stat().st_mtime_ns == stamp
+    assert (store / "store.json").stat().st_mtime_ns == stamp
     other = Preparation.from_dict({**SMALL.to_dict(), "size": [8, 8, 8]})
     with pytest.raises(ValueError, match="size"):
         opened.check_preparation(other)
     (tmp_path / "broken").mkdir()
-    with pytest.raises(StoreError, match="prepare it again"):
+    with pytest.raises(StoreError, match="no finished store"):
         Store(tmp_path / "broken")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from med3dvlm.data.phantoms import FINDINGS, PHANTOM_VERSION, find_findings, make_study
-from med3dvlm.data.store import Progress
+from med3dvlm.data.sources import Progress
 from med3dvlm.evaluate.report import finding_table
 from med3dvlm.evaluate.retrieval import retrieval_table
 from med3dvlm.evaluate.tables import Results

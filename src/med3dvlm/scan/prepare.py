@@ -416,7 +416,7 @@ PRESETS: dict[str, Preparation] = {
     "demo": Preparation(
         size=(48, 96, 96),
         intensity="window",
-        window=((-1000.0, 0.0), (-160.0, 0.3), (240.0, 0.9), (1000.0, 1.0)),
+        window=((-1000.0, 0.0), (-700.0, 0.22), (-160.0, 0.36), (240.0, 0.92), (1000.0, 1.0)),
         spacing_mm=(8.0, 4.2, 4.2),
         fit="pad",
         pad_value=0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from med3dvlm.data.store import Progress
+from med3dvlm.data.sources import Progress
 from med3dvlm.train.recipe import Recipe, RecipeError, load_recipe
 
 

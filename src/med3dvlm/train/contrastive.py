@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from med3dvlm.data.store import Progress, Store, prepare_phantoms
+from med3dvlm.data.prepare import prepare_phantoms
+from med3dvlm.data.sources import Progress
+from med3dvlm.data.store import Quantisation, Store
 from med3dvlm.models import (
     DualEncoderConfig,
     Med3DVLMProcessor,
@@ -33,7 +35,9 @@ def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> Vo
         VolumeFeatureExtractor(store.preparation), tokenizer, max_text_tokens=512
     )
     dataset = PairDataset(store, recipe.data, seed=recipe.training.seed)
-    metrics = fit(model, recipe, dataset, PairCollator(model.processor, recipe.data))
+    metrics = fit(
+        model, recipe, dataset, PairCollator(model.processor, recipe.data, store.quantisation)
+    )
     output = Path(recipe.output)
     model.save_pretrained(output)
     model.processor.save_pretrained(output)
@@ -44,34 +48,38 @@ def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> Vo
 def open_store(
     recipe: Recipe, preparation: Preparation, *, progress: Progress | None = None
 ) -> Store:
-    """The recipe's prepared studies, generated where they are not there yet."""
+    """The recipe's prepared studies; phantoms are generated where they are not there yet."""
     data = recipe.data
-    return prepare_phantoms(
-        data.store,
-        data.studies,
-        split=data.split,
-        seed=data.seed,
-        preparation=preparation,
-        workers=data.workers,
-        progress=progress,
-    )
+    if data.phantoms:
+        store = prepare_phantoms(
+            data.store,
+            data.phantoms,
+            split=data.split,
+            seed=data.seed,
+            preparation=preparation,
+            workers=data.workers,
+            progress=progress,
+        )
+    else:
+        store = Store(data.store, skip=data.skip)
+        store.check_preparation(preparation)
+    return store
 
 
 def all_texts(store: Store) -> list[str]:
     """Every text that a model of this store reads or writes."""
-    texts = []
-    for study in store.studies:
-        texts += [study["report"], study["caption"]]
-        for question in study["questions"]:
+    texts = store.table["report"].to_pylist() + store.table["caption"].to_pylist()
+    for questions in store.table["questions"].to_pylist():
+        for question in questions:
             texts += [question["text"], question["answer"]]
-    return texts
+    return [text for text in texts if text]
 
 
 def _config(recipe: Recipe, store: Store, tokenizer: Any) -> DualEncoderConfig:
     settings = dict(recipe.model)
     vision = {"model_type": "med3dvlm_dcformer", **settings.pop("vision_config", {})}
     text = {"model_type": "distilbert", **settings.pop("text_config", {})}
-    concepts = store.concepts if settings.get("concept_loss_weight", 0) else []
+    concepts = store.labels if settings.get("concept_loss_weight", 0) else []
     return DualEncoderConfig(
         vision_config={**vision, "volume_size": list(store.preparation.size)},
         text_config={
@@ -85,53 +93,65 @@ def _config(recipe: Recipe, store: Store, tokenizer: Any) -> DualEncoderConfig:
 
 
 class PairDataset(Dataset):
-    """Item i: a prepared volume (D, H, W) uint8, one of its texts, its concepts."""
+    """Item `epoch · len + i`: study i's volume (D, H, W) as stored, one of its texts, its labels.
+
+    What is drawn at random depends on the recipe's seed and the item's number alone, so a run
+    that is resumed, or that has other workers, sees the same batches.
+    """
 
     def __init__(self, store: Store, recipe: DataRecipe, *, seed: int):
         self.store = store
         self.caption_share = recipe.caption_share
-        self.random = np.random.default_rng(seed)
-        self.concepts = store.concept_matrix()
+        self.seed = seed
+        self.labels = store.label_matrix() if store.labels else None
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        study = self.store.studies[index]
-        kind = "caption" if self.random.random() < self.caption_share else "report"
-        return {
-            "volume": self.store.volumes[index],
-            "text": study[kind],
-            "concepts": self.concepts[index],
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        index = number % len(self)
+        random = np.random.default_rng((self.seed, number))
+        study = self.store.study(index)
+        caption = study["caption"] and random.random() < self.caption_share
+        item = {
+            "volume": self.store.stored(index),
+            "text": study["caption"] if caption else study["report"],
+            "draw": int(random.integers(2**62)),
         }
+        return item if self.labels is None else {**item, "concepts": self.labels[index]}
 
 
 class PairCollator:
     """Items to a batch; augments the volumes (paper: intensity; no flips, reports have sides)."""
 
-    def __init__(self, processor: Med3DVLMProcessor, recipe: DataRecipe, *, seed: int = 0):
+    def __init__(
+        self, processor: Med3DVLMProcessor, recipe: DataRecipe, quantisation: Quantisation
+    ):
         self.processor = processor
         self.recipe = recipe
-        self.random = torch.Generator().manual_seed(seed)
+        self.quantisation = quantisation
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         volumes = torch.from_numpy(np.stack([item["volume"] for item in items]))
+        volumes = self.quantisation.decode(volumes)
+        for volume, item in zip(volumes, items, strict=True):
+            self._augment(volume, torch.Generator().manual_seed(item["draw"]))
         tokens = self.processor.tokens([item["text"] for item in items])
-        return {
-            "volumes": self._augment(volumes.float().div_(255)).unsqueeze(1),
+        batch = {
+            "volumes": volumes.unsqueeze(1),
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
-            "concepts": torch.from_numpy(np.stack([item["concepts"] for item in items])),
         }
+        if "concepts" in items[0]:
+            batch["concepts"] = torch.from_numpy(np.stack([item["concepts"] for item in items]))
+        return batch
 
-    def _augment(self, volumes: Tensor) -> Tensor:
-        """(B, D, H, W) in [0, 1]: shift in space by whole voxels, scale and shift in value."""
+    def _augment(self, volume: Tensor, random: torch.Generator) -> None:
+        """(D, H, W), in place: shift in space by whole voxels, scale and shift in value."""
         strength, reach = self.recipe.intensity, self.recipe.shift_voxels
-        for volume in volumes:
-            if reach:
-                steps = torch.randint(-reach, reach + 1, (3,), generator=self.random).tolist()
-                volume.copy_(volume.roll(steps, dims=(0, 1, 2)))
-            if strength:
-                scale, shift = torch.rand(2, generator=self.random).mul_(2).sub_(1).tolist()
-                volume.mul_(1 + strength * scale).add_(strength * shift)
-        return volumes
+        if reach:
+            steps = torch.randint(-reach, reach + 1, (3,), generator=random).tolist()
+            volume.copy_(volume.roll(steps, dims=(0, 1, 2)))
+        if strength:
+            scale, shift = torch.rand(2, generator=random).mul_(2).sub_(1).tolist()
+            volume.mul_(1 + strength * scale).add_(strength * shift)

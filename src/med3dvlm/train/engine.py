@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,7 +31,7 @@ def fit(
         What the Trainer measured: loss, seconds, samples per second.
     """
     output = Path(recipe.output)
-    trainer = Trainer(
+    trainer = _Trainer(
         model,
         training_arguments(recipe),
         train_dataset=dataset,
@@ -65,10 +67,36 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         report_to=settings.loggers or "none",
         remove_unused_columns=False,
         dataloader_drop_last=True,
-        dataloader_num_workers=0,
+        dataloader_num_workers=settings.loader_workers,
         use_cpu=not torch.cuda.is_available(),
         label_names=["labels"],
     )
+
+
+class EpochSampler(Sampler[int]):
+    """Numbers `epoch · n + i` in an order drawn from the seed and the epoch alone.
+
+    A dataset of n that draws by the whole number shows something new each epoch, and the same
+    on a resume, whatever was drawn before.
+    """
+
+    def __init__(self, length: int, *, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return iter((self.epoch * self.length + order).tolist())
+
+
+class _Trainer(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return EpochSampler(len(train_dataset or self.train_dataset), seed=self.args.seed)
 
 
 class _TimeLimit(TrainerCallback):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from med3dvlm.data.store import Progress, Store
+from med3dvlm.data.sources import Progress
+from med3dvlm.data.store import Quantisation, Store
 from med3dvlm.hub import load
 from med3dvlm.models import (
     Med3DVLM,
@@ -47,8 +48,15 @@ def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3D
     features = None
     if "vision_encoder" not in recipe.train:
         features = encode_store(model, store, progress=progress)
-    dataset = TaskDataset(store, recipe.data.tasks, model.config.report_prompt, features)
-    metrics = fit(learner, recipe, dataset, TaskCollator(model.processor))
+    dataset = TaskDataset(
+        store,
+        recipe.data.tasks,
+        model.config.report_prompt,
+        features,
+        seed=recipe.training.seed,
+    )
+    collate = TaskCollator(model.processor, store.quantisation)
+    metrics = fit(learner, recipe, dataset, collate)
     if recipe.lora:
         model = learner.merge_and_unload()
     output = Path(recipe.output)
@@ -131,8 +139,9 @@ def encode_store(
     model.eval()
     low_parts, high_parts = [], []
     for i in range(0, len(store), batch_size):
-        volumes = torch.from_numpy(np.array(store.volumes[i : i + batch_size])).unsqueeze(1)
-        low, high = model.encode(model._to_device(volumes.float().div_(255)))
+        batch = [store.volume(index) for index in range(i, min(i + batch_size, len(store)))]
+        volumes = torch.from_numpy(np.stack(batch)).unsqueeze(1)
+        low, high = model.encode(model._to_device(volumes))
         low_parts.append(low.half().cpu().numpy())
         high_parts.append(high.half().cpu().numpy())
         if progress:
@@ -142,10 +151,11 @@ def encode_store(
 
 def task_examples(study: dict[str, Any], report_prompt: str) -> dict[str, list[tuple[str, str]]]:
     """(instruction, answer) pairs of one study by task."""
-    pairs: dict[str, list[tuple[str, str]]] = {
-        "report": [(report_prompt, study["report"])],
-        "caption": [(CAPTION_PROMPT, study["caption"])],
-    }
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    if study["report"]:
+        pairs["report"] = [(report_prompt, study["report"])]
+    if study["caption"]:
+        pairs["caption"] = [(CAPTION_PROMPT, study["caption"])]
     for question in study["questions"]:
         text, answer = question["text"], question["answer"]
         if question["choices"]:
@@ -156,7 +166,10 @@ def task_examples(study: dict[str, Any], report_prompt: str) -> dict[str, list[t
 
 
 class TaskDataset(Dataset):
-    """Item i: study i's volume or streams, with one of its tasks, drawn by the given weights."""
+    """Item `epoch · len + i`: study i's volume or streams, with one of its tasks.
+
+    The task is drawn by the given weights; as for `PairDataset`, by the item's number alone.
+    """
 
     def __init__(
         self,
@@ -168,24 +181,30 @@ class TaskDataset(Dataset):
         seed: int = 0,
     ):
         self.store = store
-        self.names = list(tasks)
-        self.weights = np.array(list(tasks.values())) / sum(tasks.values())
+        self.tasks = tasks
         self.report_prompt = report_prompt
         self.features = features
-        self.random = np.random.default_rng(seed)
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        examples = task_examples(self.store.studies[index], self.report_prompt)
-        names = [name for name in self.names if name in examples]
-        weights = self.weights[[self.names.index(name) for name in names]]
-        task = names[self.random.choice(len(names), p=weights / weights.sum())]
-        instruction, answer = examples[task][self.random.integers(len(examples[task]))]
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        index = number % len(self)
+        random = np.random.default_rng((self.seed, number))
+        examples = task_examples(self.store.study(index), self.report_prompt)
+        names = [name for name, weight in self.tasks.items() if weight and name in examples]
+        if not names:
+            raise RecipeError(
+                f"{self.store.location}: study {self.store.ids[index]} has none of the tasks "
+                f"{', '.join(self.tasks)}; name it in data.skip, or add a task."
+            )
+        weights = np.array([self.tasks[name] for name in names])
+        task = names[random.choice(len(names), p=weights / weights.sum())]
+        instruction, answer = examples[task][random.integers(len(examples[task]))]
         item: dict[str, Any] = {"instruction": instruction, "answer": answer}
         if self.features is None:
-            item["volume"] = self.store.volumes[index]
+            item["volume"] = self.store.stored(index)
         else:
             item["low"], item["high"] = self.features[0][index], self.features[1][index]
         return item
@@ -194,8 +213,9 @@ class TaskDataset(Dataset):
 class TaskCollator:
     """Items to a batch; labels count the answer and its end token only."""
 
-    def __init__(self, processor: Med3DVLMProcessor):
+    def __init__(self, processor: Med3DVLMProcessor, quantisation: Quantisation):
         self.processor = processor
+        self.quantisation = quantisation
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.processor.training_batch(
@@ -204,7 +224,7 @@ class TaskCollator:
         out = dict(batch)
         if "volume" in items[0]:
             volumes = torch.from_numpy(np.stack([item["volume"] for item in items]))
-            out["volumes"] = volumes.float().div_(255).unsqueeze(1)
+            out["volumes"] = self.quantisation.decode(volumes).unsqueeze(1)
         else:
             for stream in ("low", "high"):
                 stacked = np.stack([item[stream] for item in items])

@@ -19,12 +19,17 @@ class RecipeError(ValueError):
 
 @dataclass
 class DataRecipe:
-    """Generated studies, prepared once into `store` and kept there."""
+    """The prepared studies to learn from: a store, made by `med3dvlm prepare`.
+
+    With `phantoms` more than 0, that many studies of `split` and `seed` are generated into
+    `store` first, where they are not there yet.
+    """
 
     store: str = MISSING
-    studies: int = 1000
+    phantoms: int = 0
     split: str = "train"
     seed: int = 0
+    skip: list[str] = field(default_factory=list)  # ids of studies that are not to be used
     workers: int = 2
     # How often each task is drawn in the language stages: report, caption, closed, open, yes_no.
     tasks: dict[str, float] = field(default_factory=lambda: {"report": 1.0})
@@ -50,6 +55,7 @@ class TrainingRecipe:
     clip_norm: float = 1.0
     precision: str = "fp32"  # or bf16
     seed: int = 0
+    loader_workers: int = 0  # processes that read batches ahead
     save_steps: int = 500
     log_steps: int = 20
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
