@@ -173,6 +173,7 @@ def _slice(scan: Scan, z: int, pixels: bytes) -> pydicom.Dataset:
 
 def _decimal(value: float) -> str:
     """A DICOM decimal string: at most 16 characters."""
+    value = round(value, 10) + 0.0  # no -0
     text = f"{value:.10f}".rstrip("0").rstrip(".")
     return text if len(text) <= 16 else f"{value:.8g}"
 

@@ -32,9 +32,9 @@ from med3dvlm.scan import read_scan
 
 SMALL = (16, 32, 24)
 ORIENTATIONS = {
-    "axial": [1, 0, 0, 0, 1, 0],
-    "coronal": [1, 0, 0, 0, 0, -1],
-    "sagittal": [0, 1, 0, 0, 0, -1],
+    "axial": r"1\0\0\0\1\0",
+    "coronal": r"1\0\0\0\0\-1",
+    "sagittal": r"0\1\0\0\0\-1",
 }
 
 
@@ -101,7 +101,7 @@ def test_dicom_slices_lie_in_the_plane_of_acquisition(plane, tmp_path):
     assert places == sorted(places)
     for one in slices:
         assert (one.Rows, one.Columns) == (rows, columns)
-        assert list(one.ImageOrientationPatient) == ORIENTATIONS[plane]
+        assert "\\".join(map(str, one.ImageOrientationPatient)) == ORIENTATIONS[plane]
         assert plane in one.SeriesDescription
     # a pixel of a slice, by the equation of the standard (PS3.3 C.7.6.2.1.1), is in its place
     one, row, column = slices[3], 2, 5
