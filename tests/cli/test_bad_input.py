@@ -214,7 +214,7 @@ def test_questions_that_cannot_be_asked(run, real_ct, question, words):
         ["search", "index"],
         ["search", "index", ""],
         ["search", "index", "text", "--top", "0"],
-        ["phantoms", "-o", "x", "--layout", "dicom"],
+        ["phantoms", "-o", "x", "--layout", "bids"],
         ["phantoms", "-o", "x", "-n", "0"],
         ["ask", "x", "question", "-c", "only one"],
         ["model", "convert", "demo", "x", "--to", "onnx"],

@@ -61,3 +61,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, scan, monkeypatch):
         save_nifti(scan, tmp_path / "a.nii")
     assert (tmp_path / "a.nii").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
+def test_dicom_is_the_same_volume_in_every_plane(tmp_path, plane):
+    turn = np.radians(20)  # about z: the scan's own axes are cut, not the patient's
+    scan = make_scan()
+    scan.affine[:2, :3] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]] @ (
+        scan.affine[:2, :3]
+    )
+    save_dicom_series(scan, tmp_path / "a", plane=plane)
+    again = read_scan(tmp_path / "a")
+    assert np.array_equal(again.array, scan.array)
+    assert np.allclose(again.affine, scan.affine, atol=1e-5)
+
+
+def test_dicom_attributes_replace_what_is_written(tmp_path, scan):
+    attributes = {"KVP": 120, "Manufacturer": "ACME"}
+    save_dicom_series(scan, tmp_path / "a", attributes=attributes, file_name="IM{:03d}")
+    one = pydicom.dcmread(tmp_path / "a" / "IM001")
+    assert (one.KVP, one.Manufacturer) == (120, "ACME")
+
+
+def test_dicom_says_what_it_cannot_write(tmp_path, scan):
+    with pytest.raises(ValueError, match="no DICOM keyword"):
+        save_dicom_series(scan, tmp_path / "a", attributes={"Colour": "red"})
+    with pytest.raises(ValueError, match="use axial, coronal or sagittal"):
+        save_dicom_series(scan, tmp_path / "a", plane="oblique")
+    assert not (tmp_path / "a").exists()

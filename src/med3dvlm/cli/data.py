@@ -17,7 +17,9 @@ evaluate_app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 def phantoms(
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many studies.")] = 10,
-    layout: Annotated[str, typer.Option(help="nifti, or m3d for the layout of M3D-Cap.")] = "nifti",
+    layout: Annotated[
+        str, typer.Option(help="nifti, dicom, m3d (as M3D-Cap and M3D-VQA) or ct-rate.")
+    ] = "nifti",
     split: Annotated[
         str, typer.Option(help="train, validation or test; they share none.")
     ] = "test",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pydicom
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import (
     CTImageStorage,
@@ -69,15 +74,28 @@ def save_dicom_series(
     series_description: str = "",
     study_uid: str | None = None,
     series_uid: str | None = None,
+    plane: str = "axial",
+    attributes: Mapping[str, Any] | None = None,
+    file_name: str = "{:04d}.dcm",
 ) -> None:
-    """Write one file per slice, from the lowest slice up, replacing the folder.
+    """Write one file per slice, replacing the folder: from the lowest up, front or right slice on.
 
     Stored values are int16 with a rescale: of slope 1 where the values are whole numbers, else
-    as fine as 16 bits allow.
+    as fine as 16 bits allow. Instance UIDs follow from the series UID and what the slices show.
+
+    Args:
+        plane: "axial", "coronal" or "sagittal": how the volume is cut into slices.
+        attributes: what each slice says besides, or instead: DICOM keyword → value.
+        file_name: names the files by their number, from 1.
 
     Raises:
-        ValueError: where slices are not at right angles to their distance, as DICOM wants them.
+        ValueError: for an unknown plane, or an attribute that is no DICOM keyword.
     """
+    attributes = attributes or {}
+    unknown = [keyword for keyword in attributes if tag_for_keyword(keyword) is None]
+    if unknown:
+        raise ValueError(f"attribute {unknown[0]!r} is no DICOM keyword; use names like KVP.")
+    scan = _cut(scan, plane)
     slope, intercept = _rescale(scan.array)
     study_uid, series_uid = study_uid or generate_uid(), series_uid or generate_uid()
     frame_uid, now = generate_uid(), datetime.now()
@@ -85,17 +103,45 @@ def save_dicom_series(
     with atomic_folder(folder) as temporary:
         for z in range(depth):
             stored = np.rint((scan.array[z] - np.float64(intercept)) / slope).astype("<i2")
-            dataset = _slice(scan, z, stored)
+            pixels = stored.tobytes()
+            dataset = _slice(scan, z, pixels)
+            if plane != "axial":
+                dataset.ImageType = ["DERIVED", "SECONDARY", "MPR"]
+            digest = hashlib.sha256(pixels).hexdigest()
+            dataset.SOPInstanceUID = generate_uid(entropy_srcs=[f"{series_uid} {z} {digest}"])
+            dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
             dataset.PatientName, dataset.PatientID = patient_id, patient_id
             dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study_uid, series_uid
             dataset.FrameOfReferenceUID = frame_uid
             dataset.StudyDate, dataset.StudyTime = f"{now:%Y%m%d}", f"{now:%H%M%S}"
             dataset.SeriesNumber, dataset.SeriesDescription = series_number, series_description
             dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:.10g}", f"{intercept:.10g}"
-            dataset.save_as(temporary / f"{z + 1:04d}.dcm", enforce_file_format=True)
+            for keyword, value in attributes.items():
+                setattr(dataset, keyword, value)
+            dataset.save_as(temporary / file_name.format(z + 1), enforce_file_format=True)
 
 
-def _slice(scan: Scan, z: int, stored: np.ndarray) -> pydicom.Dataset:
+def _cut(scan: Scan, plane: str) -> Scan:
+    """The scan on axes (slice, row, column) of a plane: rows go to the back, or to the feet."""
+    if plane == "axial":
+        return scan
+    if plane not in ("coronal", "sagittal"):
+        raise ValueError(f"plane {plane!r} is unknown: use axial, coronal or sagittal.")
+    # of the axes (z, y, x): slices, rows, columns; both planes have their rows along z
+    order = (1, 0, 2) if plane == "coronal" else (2, 0, 1)
+    slices, rows, columns = (2 - axis for axis in order)  # in the affine, whose axes are (x, y, z)
+    affine = scan.affine[:, [columns, rows, slices, 3]]
+    affine[:3, 1] *= -1
+    affine[:3, 3] += scan.affine[:3, 2] * (scan.array.shape[0] - 1)  # the head is the first row
+    return replace(
+        scan,
+        array=scan.array[::-1].transpose(order),
+        spacing_mm=tuple(scan.spacing_mm[axis] for axis in order),
+        affine=affine,
+    )
+
+
+def _slice(scan: Scan, z: int, pixels: bytes) -> pydicom.Dataset:
     classes = {"CT": CTImageStorage, "MR": MRImageStorage}
     x_axis, y_axis = scan.affine[:3, 0], scan.affine[:3, 1]
     spacing_z, spacing_y, spacing_x = scan.spacing_mm
@@ -104,9 +150,7 @@ def _slice(scan: Scan, z: int, stored: np.ndarray) -> pydicom.Dataset:
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     modality = scan.modality or ("CT" if scan.units == "HU" else "OT")  # only CT is in HU
     dataset.SOPClassUID = classes.get(modality, SecondaryCaptureImageStorage)
-    dataset.SOPInstanceUID = generate_uid()
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
     dataset.Modality = modality
     dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
     dataset.Manufacturer = "med3dvlm"
@@ -117,18 +161,19 @@ def _slice(scan: Scan, z: int, stored: np.ndarray) -> pydicom.Dataset:
     both = [*(x_axis / spacing_x), *(y_axis / spacing_y)]
     dataset.ImageOrientationPatient = [_decimal(v) for v in both]
     dataset.PixelSpacing = [_decimal(spacing_y), _decimal(spacing_x)]
-    dataset.Rows, dataset.Columns = stored.shape
+    dataset.Rows, dataset.Columns = scan.array.shape[1:]
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
     dataset.PixelRepresentation = 1
     if scan.units == "HU":
         dataset.RescaleType = "HU"
-    dataset.PixelData = stored.tobytes()
+    dataset.PixelData = pixels
     return dataset
 
 
 def _decimal(value: float) -> str:
     """A DICOM decimal string: at most 16 characters."""
+    value = round(value, 10) + 0.0  # no -0
     text = f"{value:.10f}".rstrip("0").rstrip(".")
     return text if len(text) <= 16 else f"{value:.8g}"
 

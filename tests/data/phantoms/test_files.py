@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from med3dvlm.data.phantoms import PhantomError, make_study, write_studies
-from med3dvlm.data.phantoms.write import VQA_COLUMNS
 from med3dvlm.scan import read_scan
 
 
@@ -55,12 +54,15 @@ def test_m3d_tables_have_the_published_columns(tmp_path):
     for name in ("M3D_VQA_test.csv", "M3D_VQA_yn_test.csv"):
         with (tmp_path / "M3D_VQA" / name).open(encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        assert tuple(rows[0]) == VQA_COLUMNS
+        assert ",".join(rows[0]) == (
+            "Image Path,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice,"
+            "Question Type"
+        )
         for row in rows:
             choice = row[f"Choice {row['Answer Choice']}"]
             assert choice.lower() == row["Answer"].lower()
 
 
 def test_unknown_layout_says_which_there_are(tmp_path):
-    with pytest.raises(PhantomError, match="nifti or m3d"):
+    with pytest.raises(PhantomError, match="nifti, dicom, m3d, ct-rate"):
         write_studies(1, tmp_path, layout="bids")

@@ -4,6 +4,7 @@ from med3dvlm.data.phantoms.anatomy import PHASES, PLANES
 from med3dvlm.data.phantoms.finding import Finding, PlacedFinding
 from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS
 from med3dvlm.data.phantoms.language import Question, find_findings
+from med3dvlm.data.phantoms.layouts import LAYOUTS
 from med3dvlm.data.phantoms.study import (
     CONCEPTS,
     PHANTOM_VERSION,
@@ -16,7 +17,7 @@ from med3dvlm.data.phantoms.study import (
     make_study,
     twin,
 )
-from med3dvlm.data.phantoms.write import LAYOUTS, write_studies, write_study
+from med3dvlm.data.phantoms.write import write_studies, write_study
 
 __all__ = [
     "CONCEPTS",

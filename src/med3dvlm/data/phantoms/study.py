@@ -129,7 +129,7 @@ class PhantomStudy:
     @property
     def anatomy(self) -> Anatomy:
         """The patient, without findings."""
-        return _anatomy(self._stream("anatomy"), self.truth.phase)
+        return _anatomy(self.stream("anatomy"), self.truth.phase)
 
     def _torso(self, without: str | None = None) -> Torso:
         placed = [p for p in self.truth.findings if p.name != without]
@@ -148,7 +148,7 @@ class PhantomStudy:
         """
         axis = PLANES.index(self.truth.plane)
         count = max(2, round(self.acquisition.slice_mm / self.spacing_mm[axis]))
-        noise = self._stream("noise").bytes(hu.size)
+        noise = self.stream("noise").bytes(hu.size)
         levels = np.frombuffer(noise, np.uint8).reshape(hu.shape)
         k = np.float32(self.acquisition.kernel)
         table = QUANTILES * np.float32(self.acquisition.noise_hu * count**0.5 / (1 + k * k))
@@ -164,16 +164,16 @@ class PhantomStudy:
     @cached_property
     def report(self) -> str:
         """Technique, findings in radiologists' order with negatives, impression."""
-        return write_report(self._stream("report"), *self._facts())
+        return write_report(self.stream("report"), *self._facts())
 
     @cached_property
     def caption(self) -> str:
         """One line: plane, phase and what is there."""
-        return write_caption(self._stream("caption"), *self._facts())
+        return write_caption(self.stream("caption"), *self._facts())
 
     @cached_property
     def questions(self) -> list[Question]:
-        return write_questions(self._stream("questions"), *self._facts())
+        return write_questions(self.stream("questions"), *self._facts())
 
     def _facts(self) -> tuple[str, str, tuple[PlacedFinding, ...]]:
         return self.truth.plane, self.truth.phase, self.truth.findings
@@ -189,7 +189,8 @@ class PhantomStudy:
                 true.add(f"{p.name}/size=large")
         return {name: name in true for name in CONCEPTS}
 
-    def _stream(self, name: str) -> np.random.Generator:
+    def stream(self, name: str) -> np.random.Generator:
+        """Random numbers for one part of the study, of which twins have the same."""
         return _stream(self.seed, self.split, self.index, name)
 
 
@@ -351,7 +352,7 @@ def _change(
     if change == "remove":
         return None
     if change == "add":
-        return _place(name, study._stream(f"finding {name}"), study.anatomy, others)
+        return _place(name, study.stream(f"finding {name}"), study.anatomy, others)
     now = next(p for p in study.truth.findings if p.name == name)
     taken = set().union(*(FINDINGS[p.name].places(p) for p in others))
     for attributes in _moves(now) if change == "move" else _resizes(now):
