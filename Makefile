@@ -32,6 +32,7 @@ check: lint types test
 # Trains the bundled demo model from nothing: phantoms, three stages, figures, model card.
 demo-model: $(STAMP)
 	$(BIN)/med3dvlm train contrastive recipes/demo/contrastive.yaml
+	$(BIN)/med3dvlm train contrastive recipes/demo/search.yaml
 	$(BIN)/med3dvlm train alignment recipes/demo/alignment.yaml
 	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
 	$(BIN)/python recipes/demo/bundle.py

@@ -151,7 +151,6 @@ from med3dvlm.data.prepare import prepare_sources
 from med3dvlm.scan import Preparation
 
 preparation = Preparation.load(sys.argv[2])
-print("ready", flush=True)
 prepare_sources(
     LAYOUTS["phantoms"], phantom_sources(48, split="train", seed=0), sys.argv[1],
     root=Path("phantoms"), preparation=preparation, shard=2, workers=int(sys.argv[3]),
@@ -159,36 +158,29 @@ prepare_sources(
 """
 
 
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path):
+@pytest.mark.parametrize(("workers", "most"), [(1, 8), (2, 12)])
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, workers, most):
+    """Each run is killed a moment after it has done a few more of the 24 units."""
     sources = phantom_sources(48, split="train", seed=0)
     SMALL.save(tmp_path / "small.json")
-    started = time.monotonic()
-    prepare_sources(
-        LAYOUTS["phantoms"],
-        sources,
-        tmp_path / "whole",
-        root=Path("phantoms"),
-        preparation=SMALL,
-        shard=2,
-    )
-    duration = time.monotonic() - started
-    moments = random.Random(0)
-    killed = 0
-    for attempt in range(40):
-        workers = 2 if attempt == 0 else 1  # the workers of a killed run must not disturb
-        arguments = (str(tmp_path / "killed"), str(tmp_path / "small.json"), str(workers))
-        run = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE)
-        assert run.stdout is not None and run.stdout.readline() == b"ready\n"
-        try:
-            run.wait(moments.uniform(0.2, 0.5) * duration + 3 * (workers > 1))
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-            killed += 1
+    options = {"root": Path("phantoms"), "preparation": SMALL, "shard": 2}
+    prepare_sources(LAYOUTS["phantoms"], sources, tmp_path / "whole", **options)
+    folder, moments, kills = tmp_path / "killed", random.Random(workers), 0
+    while not (folder / "store.json").exists():
+        arguments = (str(folder), str(tmp_path / "small.json"), str(workers))
+        run = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments])
+        rows = folder / "work" / "rows"
+        enough = len(list(rows.glob("*.jsonl"))) + moments.randint(1, most)
+        while run.poll() is None and len(list(rows.glob("*.jsonl"))) < enough:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.15))
+        kills += run.poll() is None
+        run.send_signal(signal.SIGKILL)
         run.wait()
-        run.stdout.close()
-        if (tmp_path / "killed" / "store.json").exists():
-            break
-    assert killed >= 2 and content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert kills >= 2
+    # a run more: the last may have been killed between its last write and its tidying up
+    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
+    assert content(folder) == content(tmp_path / "whole")
 
 
 def test_ten_kinds_of_damage_are_each_refused_and_the_rest_is_kept(archive, tmp_path):

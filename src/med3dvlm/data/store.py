@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -27,7 +27,11 @@ import pyarrow.parquet as parquet
 import zarr
 from zarr.codecs import BloscCodec
 
+from med3dvlm.data.sources import Progress
 from med3dvlm.scan import Preparation, compare_preparations
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 CHUNK_BYTES = 8 * 2**20
@@ -194,6 +198,17 @@ class Store:
     def volume(self, index: int, part: tuple[slice, ...] = ()) -> np.ndarray:
         """As `stored`, but the prepared values, float32."""
         return self.quantisation.decode(self.stored(index, part))
+
+    def batches(self, size: int, *, progress: Progress | None = None) -> Iterator[torch.Tensor]:
+        """All volumes in their order, prepared: (up to `size`, 1, D, H, W) float32 tensors."""
+        import torch
+
+        for first in range(0, len(self), size):
+            last = min(first + size, len(self))
+            volumes = np.stack([self.volume(index) for index in range(first, last)])
+            yield torch.from_numpy(volumes).unsqueeze(1)
+            if progress:
+                progress(last, len(self))
 
     def study(self, index: int) -> dict[str, Any]:
         """A row of the manifest: see :data:`SCHEMA`."""

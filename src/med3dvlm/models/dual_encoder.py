@@ -116,18 +116,21 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
 
     def forward(
         self,
-        volumes: Tensor,
-        input_ids: Tensor,
+        volumes: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         concepts: Tensor | None = None,
         return_loss: bool = True,
+        pooled: Tensor | None = None,
     ) -> DualEncoderOutput:
         """Embed a batch of pairs; row i of `volumes` and `input_ids` belong together.
 
         Args:
+            pooled: (B, C), what `pool_volumes` gives, in place of the volumes.
             concepts: (B, number of concepts), 0 or 1, optional extra supervision.
         """
-        pooled = self.pool_volumes(volumes)
+        if pooled is None:
+            pooled = self.pool_volumes(volumes)
         images = F.normalize(self.vision_projection(pooled), dim=-1)
         texts = self.get_text_features(input_ids, attention_mask)
         out = DualEncoderOutput(image_embeds=images, text_embeds=texts)

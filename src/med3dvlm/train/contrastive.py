@@ -1,4 +1,9 @@
-"""Stage 1: volumes and texts into one space (FACTS of the paper: section 3.2)."""
+"""Stage 1: volumes and texts into one space (Med3DVLM, section 3.2).
+
+From nothing, both encoders learn together. From a checkpoint (`start`), the parts that `train`
+names learn; with the volume encoder frozen its pooled states are computed once, and a text encoder
+is fitted to them in minutes (locked-image tuning, arXiv 2111.07991).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from torch.utils.data import Dataset
 from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Quantisation, Store
+from med3dvlm.hub import load
 from med3dvlm.models import (
     DualEncoderConfig,
     Med3DVLMProcessor,
@@ -20,21 +26,24 @@ from med3dvlm.models import (
     VolumeTextDualEncoder,
 )
 from med3dvlm.scan import Preparation
-from med3dvlm.train.engine import fit, save_summary
-from med3dvlm.train.recipe import DataRecipe, Recipe
+from med3dvlm.train.engine import fit, freeze_all_but, save_summary
+from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError
 from med3dvlm.train.tokenizer import train_tokenizer
 
 
 def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> VolumeTextDualEncoder:
     """Follow a contrastive recipe; the model is also saved in `recipe.output`."""
-    store = open_store(recipe, Preparation.from_dict(recipe.preparation), progress=progress)
     torch.manual_seed(recipe.training.seed)
-    tokenizer = train_tokenizer(all_texts(store), size=recipe.tokenizer_size)
-    model = VolumeTextDualEncoder(_config(recipe, store, tokenizer))
-    model.processor = Med3DVLMProcessor(
-        VolumeFeatureExtractor(store.preparation), tokenizer, max_text_tokens=512
-    )
-    dataset = PairDataset(store, recipe.data, seed=recipe.training.seed)
+    if recipe.start is None:
+        store = open_store(recipe, Preparation.from_dict(recipe.preparation), progress=progress)
+        model = _from_nothing(recipe, store)
+    else:
+        model = _from_checkpoint(recipe)
+        store = open_store(recipe, model.preparation, progress=progress)
+    pooled = None
+    if recipe.train and "vision_encoder" not in recipe.train:
+        pooled = pool_store(model, store, progress=progress)
+    dataset = PairDataset(store, recipe.data, pooled, seed=recipe.training.seed)
     metrics = fit(
         model, recipe, dataset, PairCollator(model.processor, recipe.data, store.quantisation)
     )
@@ -43,6 +52,45 @@ def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> Vo
     model.processor.save_pretrained(output)
     save_summary(recipe, metrics, studies=len(store))
     return model.eval()
+
+
+def _from_nothing(recipe: Recipe, store: Store) -> VolumeTextDualEncoder:
+    tokenizer = train_tokenizer(all_texts(store), size=recipe.tokenizer_size)
+    model = VolumeTextDualEncoder(_config(recipe, store, tokenizer))
+    model.processor = Med3DVLMProcessor(
+        VolumeFeatureExtractor(store.preparation), tokenizer, max_text_tokens=512
+    )
+    return model
+
+
+def _from_checkpoint(recipe: Recipe) -> VolumeTextDualEncoder:
+    """The checkpoint with its frozen parts, and anew those that the recipe wants anew."""
+    model = load(recipe.start, part="search")
+    if not recipe.train:
+        raise RecipeError("train is empty: name the parts that learn, for example text_encoder.")
+    freeze_all_but(model, recipe.train)
+    unused = VolumeTextDualEncoder(model.config)  # drawn from the recipe's seed
+    for part in recipe.anew:
+        if part not in recipe.train:
+            raise RecipeError(f"anew: {part!r} is not among the parts that learn ({recipe.train}).")
+        getattr(model, part).load_state_dict(getattr(unused, part).state_dict())
+    return model
+
+
+@torch.inference_mode()
+def pool_store(
+    model: VolumeTextDualEncoder,
+    store: Store,
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The encoder's pooled states of every study: (n, C) float32."""
+    model.eval()
+    parts = []
+    for volumes in store.batches(batch_size, progress=progress):
+        parts.append(model.pool_volumes(model._to_device(volumes)).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def open_store(
@@ -95,11 +143,16 @@ def _config(recipe: Recipe, store: Store, tokenizer: Any) -> DualEncoderConfig:
 class PairDataset(Dataset):
     """Item `epoch · len + i`: study i's volume (D, H, W) as stored, one of its texts, its labels.
 
+    With `pooled`, what a frozen encoder makes of the volumes stands in for them.
+
     What is drawn at random depends on the recipe's seed and the item's number alone, so a run
     that is resumed, or that has other workers, sees the same batches.
     """
 
-    def __init__(self, store: Store, recipe: DataRecipe, *, seed: int):
+    def __init__(
+        self, store: Store, recipe: DataRecipe, pooled: np.ndarray | None = None, *, seed: int
+    ):
+        self.pooled = pooled
         self.store = store
         self.caption_share = recipe.caption_share
         self.seed = seed
@@ -113,11 +166,10 @@ class PairDataset(Dataset):
         random = np.random.default_rng((self.seed, number))
         study = self.store.study(index)
         caption = study["caption"] and random.random() < self.caption_share
-        item = {
-            "volume": self.store.stored(index),
-            "text": study["caption"] if caption else study["report"],
-            "draw": int(random.integers(2**62)),
-        }
+        item: dict[str, Any] = {"text": study["caption"] if caption else study["report"]}
+        if self.pooled is not None:
+            return {**item, "pooled": self.pooled[index]}
+        item |= {"volume": self.store.stored(index), "draw": int(random.integers(2**62))}
         return item if self.labels is None else {**item, "concepts": self.labels[index]}
 
 
@@ -131,17 +183,17 @@ class PairCollator:
         self.recipe = recipe
         self.quantisation = quantisation
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        tokens = self.processor.tokens([item["text"] for item in items])
+        batch = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        if "pooled" in items[0]:
+            pooled = torch.from_numpy(np.stack([item["pooled"] for item in items]))
+            return {**batch, "pooled": pooled}
         volumes = torch.from_numpy(np.stack([item["volume"] for item in items]))
         volumes = self.quantisation.decode(volumes)
         for volume, item in zip(volumes, items, strict=True):
             self._augment(volume, torch.Generator().manual_seed(item["draw"]))
-        tokens = self.processor.tokens([item["text"] for item in items])
-        batch = {
-            "volumes": volumes.unsqueeze(1),
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-        }
+        batch["volumes"] = volumes.unsqueeze(1)
         if "concepts" in items[0]:
             batch["concepts"] = torch.from_numpy(np.stack([item["concepts"] for item in items]))
         return batch

@@ -138,14 +138,10 @@ def encode_store(
     """The encoder's (low, high) streams of every study, float16: (n, N, C) each."""
     model.eval()
     low_parts, high_parts = [], []
-    for i in range(0, len(store), batch_size):
-        batch = [store.volume(index) for index in range(i, min(i + batch_size, len(store)))]
-        volumes = torch.from_numpy(np.stack(batch)).unsqueeze(1)
+    for volumes in store.batches(batch_size, progress=progress):
         low, high = model.encode(model._to_device(volumes))
         low_parts.append(low.half().cpu().numpy())
         high_parts.append(high.half().cpu().numpy())
-        if progress:
-            progress(min(i + batch_size, len(store)), len(store))
     return np.concatenate(low_parts), np.concatenate(high_parts)
 
 

@@ -66,9 +66,11 @@ class Recipe:
     """One stage of training.
 
     `model` are settings of DualEncoderConfig (contrastive) or Med3DVLMConfig (language stages);
-    `start` is the checkpoint to start from: the dual encoder whose volume encoder alignment
-    takes, or the aligned model that instruction tuning goes on with. `train` names the parts
-    that learn: vision_encoder, projector, language_model.
+    `start` is the checkpoint to start from: a dual encoder to go on with, the dual encoder whose
+    volume encoder alignment takes, or the aligned model that instruction tuning goes on with.
+    `train` names the parts that learn: vision_encoder, projector, language_model; of a dual
+    encoder vision_encoder, vision_projection, text_encoder, text_projection, loss. `anew` names
+    those of them that forget what they had learned (contrastive stage).
     """
 
     stage: str = MISSING
@@ -78,6 +80,7 @@ class Recipe:
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer_size: int = 1024
     train: list[str] = field(default_factory=list)
+    anew: list[str] = field(default_factory=list)
     lora: dict[str, Any] | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)

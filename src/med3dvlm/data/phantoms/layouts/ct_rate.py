@@ -17,32 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from med3dvlm.data.ct_rate import LABELS
 from med3dvlm.data.phantoms.identity import make_identity
 from med3dvlm.data.phantoms.layouts.common import write_table
 from med3dvlm.data.phantoms.study import PhantomError, PhantomStudy
 from med3dvlm.files import atomic_folder
 from med3dvlm.scan.write import save_nifti
 
-LABELS = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
-)
 SPLITS = {"train": "train", "validation": "valid", "test": "valid"}
 MOST_PATIENTS = 1_000_000  # of one phantom split and seed; the next have higher numbers
 TWICE = 6  # every so many patients have a second reconstruction
