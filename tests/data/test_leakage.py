@@ -16,13 +16,17 @@ from med3dvlm.data.leakage import (
     fingerprint,
     leaking,
 )
-from med3dvlm.data.phantoms import make_study, twin
+from med3dvlm.data.phantoms import PhantomStudy, make_study, twin
 from med3dvlm.scan import PRESETS, Scan, prepare
 
 DEMO = PRESETS["demo"]
 WIDE = replace(DEMO, window=((-1000.0, 0.0), (1000.0, 1.0)))
 STRETCHED = replace(DEMO, size=(40, 80, 80), spacing_mm=None, fit="stretch", intensity="minmax")
 COUNT, TRAINING = 200, 160
+
+
+def study(index: int, split: str = "train") -> PhantomStudy:
+    return make_study(index, split=split, shape=(48, 96, 96))  # fewer voxels than usual: faster
 
 
 def resampled(scan: Scan, factors: tuple[float, float, float]) -> Scan:
@@ -76,7 +80,7 @@ def phantoms() -> np.ndarray:
     """Fingerprints of 200 distinct studies; the last 40 are held out."""
     return np.stack(
         [
-            fingerprint(seen(make_study(k, split="train" if k < TRAINING else "test").scan()))
+            fingerprint(seen(study(k, "train" if k < TRAINING else "test").scan()))
             for k in range(COUNT)
         ]
     )
@@ -87,7 +91,7 @@ def planted(phantoms):
     """20 copies of training studies, 10 in validation and 10 in test: arguments, expected pairs."""
     copies, hashes = [], [f"volume {k}" for k in range(COUNT)]
     for k, (name, copy) in enumerate(COPIES.items()):
-        copies.append(fingerprint(copy(make_study(7 * k, split="train").scan())))
+        copies.append(fingerprint(copy(study(7 * k).scan())))
         hashes.append(f"volume {7 * k}" if name.startswith("as it is") else name)
     ids = [f"study {k}" for k in range(COUNT)] + list(COPIES)
     splits = [("train",)] * TRAINING + [("test", "test1k")] * (COUNT - TRAINING)
@@ -125,9 +129,8 @@ def test_small_sets_are_compared_too(planted, count):
 
 
 def test_twins_are_near(phantoms):
-    study = make_study(3, split="train")
     for change in ("add", "remove"):
-        volume = seen(twin(study, change).scan())
+        volume = seen(twin(study(3), change).scan())
         pairs = find_near_duplicates(np.concatenate([phantoms, [fingerprint(volume)]]))
         assert [pair[:2] for pair in pairs] == [(3, COUNT)]
 
@@ -190,7 +193,7 @@ def test_a_study_on_two_sides_crosses_itself(phantoms):
 
 
 def test_fingerprints_are_small_and_turn_with_the_volume():
-    volume = seen(make_study(0).scan())
+    volume = seen(study(0).scan())
     print_ = fingerprint(volume)
     assert (print_.dtype, print_.nbytes) == (np.uint8, 1728)
     turned = fingerprint(volume[:, ::-1]).astype(int)

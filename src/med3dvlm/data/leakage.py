@@ -34,7 +34,7 @@ PRIOR_STUDIES = 30  # how many studies the prior spectrum weighs
 RIDGE = 0.05  # of the mean variance: no direction is blown up more than this allows
 FITTED = 20_000  # studies from which the whitening is learnt
 ROWS, COLUMNS = 512, 1024  # studies compared at a time
-THRESHOLD = 0.62
+THRESHOLD = 0.65  # measured on phantoms: strangers reach 0.56 among 200 of them, 0.67 among 2,500
 SIDES = ("train", "validation", "test")
 
 Kind = Literal["identical", "case", "near"]
