@@ -26,7 +26,7 @@ from med3dvlm.data.layouts import LAYOUTS, phantom_sources
 from med3dvlm.data.phantoms import make_study, write_studies
 from med3dvlm.data.prepare import Prepared, prepare_archive, prepare_sources
 from med3dvlm.data.store import Quantisation, Store, StoreError
-from med3dvlm.scan import Preparation
+from med3dvlm.scan import Preparation, prepare
 
 COUNT = 10
 M3D = Preparation(
@@ -130,6 +130,70 @@ def test_questions_of_m3d_vqa_are_in_the_store(archive, tmp_path):
     assert closed == [(q.text, list(q.choices), q.answer_choice) for q in expected]
 
 
+@pytest.mark.parametrize("layout", ["nifti", "dicom"])
+def test_a_folder_of_scans(tmp_path, layout):
+    write_studies(3, tmp_path / "scans", layout=layout, split="validation")
+    arguments = ["prepare", "folder", str(tmp_path / "scans"), "-o", str(tmp_path / "s")]
+    SMALL.save(tmp_path / "small.json")
+    run = CliRunner().invoke(app, [*arguments, "--preparation", str(tmp_path / "small.json")])
+    assert run.exit_code == 0 and "3 studies kept" in run.stdout
+    opened = Store(tmp_path / "s")
+    for index in range(3):
+        truth = make_study(index, split="validation")
+        expected = prepare(truth.scan(), SMALL)[0]
+        assert abs(opened.volume(index) - expected).max() <= 1 / 255 + 1e-5
+        assert opened.study(index)["report"] == truth.report
+    run = CliRunner().invoke(app, arguments)
+    assert run.exit_code == 2 and "say --preparation" in run.stderr
+
+
+def test_ct_rate(tmp_path):
+    """Volumes stored before their rescale, in one or two reconstructions, with their labels."""
+    write_studies(7, tmp_path / "ct", layout="ct-rate", split="train")
+    result = prepare_archive("ct-rate", tmp_path / "ct", tmp_path / "s", preparation=SMALL)
+    opened = Store(tmp_path / "s")
+    assert result.refused == [] and len(opened) == 8  # one patient has a second reconstruction
+    assert sorted(map(len, opened.groups())) == [1] * 6 + [2]
+    for index in range(7):
+        truth = make_study(index, split="train")
+        place = opened.index_of(f"train_{index + 1}_a_1")
+        expected = prepare(truth.scan(), SMALL)[0]
+        assert abs(opened.volume(place) - expected).max() <= 1 / 255 + 1e-5
+        findings = truth.report.split("Findings: ")[1]
+        assert opened.study(place)["report"] == f"Findings: {findings}"
+        there = {name for name, on in zip(opened.labels, opened.label_matrix()[place]) if on}
+        assert there == {p.name for p in truth.truth.findings} & set(opened.labels)
+
+
+def test_studies_on_two_sides_of_the_splits_are_held_back(archive, tmp_path):
+    """The same slices under another name, and mirrored ones, are in the training split too."""
+    copy = tmp_path / "m3d"
+    shutil.copytree(archive, copy)
+    root = copy / "M3D_Cap"
+    table = json.loads((root / "M3D_Cap.json").read_text("utf-8"))
+    table["train"] = []
+    for place, mirrored in ((0, False), (3, True)):
+        entry = table["test"][place]
+        case = root / "ct_quizze" / f"copy{place}"
+        shutil.copytree((root / entry["image"]).parent, case)
+        series = case / Path(entry["image"]).name
+        for file in series.iterdir() if mirrored else ():
+            Image.fromarray(np.asarray(Image.open(file))[:, ::-1]).save(file)
+        name = series.relative_to(root).as_posix()
+        table["train"].append({"image": name, "text": f"ct_quizze/copy{place}/text.txt"})
+    (root / "M3D_Cap.json").write_text(json.dumps(table))
+    larger = Preparation.from_dict({**M3D.to_dict(), "size": [32, 64, 64]})
+    result = prepare_archive("m3d-cap", copy, tmp_path / "s", preparation=larger)
+    opened = Store(tmp_path / "s")
+    leaking = [table["test"][0]["image"], table["test"][3]["image"]]
+    kinds = {crossing.second: crossing.kind for crossing in opened.crossings}
+    assert kinds == {leaking[0]: "identical", leaking[1]: "near"} and result.held_back == 2
+    assert len(opened.in_split("test")) == COUNT - 2
+    assert len(opened.in_split("test", leaks=True)) == COUNT and len(opened.in_split("train")) == 2
+    run = CliRunner().invoke(app, ["data", "leaks", str(tmp_path / "s")])
+    assert "2 crossings, 2 studies held back" in run.stdout and leaking[0] in run.stdout
+
+
 def test_workers_and_ray_make_the_same_bytes(archive, store, tmp_path):
     prepare_archive("m3d-cap", archive, tmp_path / "w", preparation=M3D, shard=4, workers=2)
     assert content(tmp_path / "w") == content(store)
@@ -148,7 +212,7 @@ import sys
 from pathlib import Path
 from med3dvlm.data.layouts import LAYOUTS, phantom_sources
 from med3dvlm.data.prepare import prepare_sources
-from med3dvlm.scan import Preparation
+from med3dvlm.scan import Preparation, prepare
 
 preparation = Preparation.load(sys.argv[2])
 prepare_sources(

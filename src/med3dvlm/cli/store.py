@@ -76,7 +76,13 @@ def prepare(
     if as_json:
         refused = [{"id": i, "path": p, "reason": r} for i, p, r in result.refused]
         common.print_json(
-            {"store": str(output), "kept": result.kept, "noted": result.noted, "refused": refused}
+            {
+                "store": str(output),
+                "kept": result.kept,
+                "noted": result.noted,
+                "held_back": result.held_back,
+                "refused": refused,
+            }
         )
     else:
         _print_result(output, result)
@@ -87,7 +93,7 @@ def prepare(
 def _print_result(output: Path, result: Any) -> None:
     typer.echo(
         f"{output}: {result.kept} studies kept, {result.noted} of them with remarks, "
-        f"{len(result.refused)} refused"
+        f"{len(result.refused)} refused, {result.held_back} held back from evaluation"
     )
     for reason, count in list(result.reasons().items())[:SHOWN_REASONS]:
         typer.echo(f"  {count:6d}  {reason}")
@@ -159,6 +165,26 @@ def _print_study(row: dict[str, Any]) -> None:
         typer.echo(f"  - {question['text']}{choices} → {question['answer']}")
     for note in row["notes"]:
         typer.echo(f"  note: {note}")
+
+
+@data_app.command("leaks")
+def leaks(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """List studies that are the same on two sides of the splits: by case, content or likeness.
+
+    Those of the test side (else of validation) are held back from evaluation.
+
+    Example: `med3dvlm data leaks m3d.store`
+    """
+    opened = _data_module("store").Store(store)
+    if as_json:
+        common.print_json([vars(crossing) for crossing in opened.crossings])
+        return
+    for one in opened.crossings:
+        typer.echo(
+            f"{one.kind:9s} {one.similarity:.2f}  {one.first} ({one.first_split})  "
+            f"{one.second} ({one.second_split})"
+        )
+    typer.echo(f"{len(opened.crossings)} crossings, {len(opened.held_back)} studies held back")
 
 
 @data_app.command("stats")

@@ -292,7 +292,7 @@ def find_crossings(
     ):
         if len(values) != n:
             raise ValueError(f"{n} ids and {len(values)} {name}: give one for each study.")
-    sides = np.array([sum({1 << _side(name) for name in names}) for names in splits], dtype=int)
+    sides = np.array([sum({1 << side_of(name) for name in names}) for names in splits], dtype=int)
     parts = _parts(fingerprints)
     found: dict[tuple[int, int], tuple[Kind, float]] = {}
     for i, j, similarity in _near(parts, threshold, sides):
@@ -316,13 +316,13 @@ def leaking(crossings: Iterable[Crossing]) -> set[str]:
     """The ids to keep out of evaluation: of each pair the test side, else the validation side."""
     return {
         crossing.second
-        if _side(crossing.second_split) >= _side(crossing.first_split)
+        if side_of(crossing.second_split) >= side_of(crossing.first_split)
         else crossing.first
         for crossing in crossings
     }
 
 
-def _side(split: str) -> int:
+def side_of(split: str) -> int:
     """0 for training, 1 for validation, 2 for test."""
     return 2 if split.startswith("test") else 1 if split.startswith("val") else 0
 
@@ -340,9 +340,9 @@ def _crossing(
     a: tuple[str, Sequence[str]], b: tuple[str, Sequence[str]], kind: Kind, similarity: float
 ) -> Crossing:
     """The two sides in order; of several names those farthest apart, the first ones."""
-    meetings = [(p, q) for p in a[1] for q in b[1] if _side(p) != _side(q)]
-    p, q = max(meetings, key=lambda names: abs(_side(names[0]) - _side(names[1])))
+    meetings = [(p, q) for p in a[1] for q in b[1] if side_of(p) != side_of(q)]
+    p, q = max(meetings, key=lambda names: abs(side_of(names[0]) - side_of(names[1])))
     (first, first_split), (second, second_split) = sorted(
-        ((a[0], p), (b[0], q)), key=lambda member: _side(member[1])
+        ((a[0], p), (b[0], q)), key=lambda member: side_of(member[1])
     )
     return Crossing(first, second, first_split, second_split, kind, similarity)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ import pyarrow.parquet as parquet
 import zarr
 
 from med3dvlm.data.layouts import LAYOUTS, Layout, phantom_sources
+from med3dvlm.data.leakage import GRID, Crossing, find_crossings, fingerprint
 from med3dvlm.data.sources import Progress, Source, SourceError, absolute, content_hash
 from med3dvlm.data.store import (
+    CROSSINGS,
     FORMAT,
     MANIFEST,
     PREPARATION,
@@ -96,11 +98,14 @@ class Prepared:
         kept: number of studies in the store.
         refused: (id, path, reason) of each that is not.
         noted: number of kept studies that the reader remarked on (see their `notes`).
+        held_back: number of kept studies that are also on another side of the splits, and so
+            are not evaluated on (see `Store.crossings`).
     """
 
     kept: int = 0
     refused: list[tuple[str, str, str]] = field(default_factory=list)
     noted: int = 0
+    held_back: int = 0
 
     def reasons(self) -> dict[str, int]:
         """How often each reason stands, without the paths."""
@@ -258,7 +263,8 @@ def _prepared(
     job: Job, layout: Layout, source: Source, quantisation: Quantisation
 ) -> tuple[dict[str, Any], np.ndarray]:
     scan, source = layout.read(source)
-    stored = quantisation.encode(prepare(scan, job.preparation)[0])
+    volume = prepare(scan, job.preparation)[0]
+    stored = quantisation.encode(volume)
     row = {
         "id": source.id,
         "splits": list(source.splits),
@@ -270,6 +276,7 @@ def _prepared(
         "source": _relative(source.path, job.root),
         "source_sha256": content_hash(source.path),
         "volume_sha256": hashlib.sha256(stored.tobytes()).hexdigest(),
+        "fingerprint": fingerprint(volume).tobytes().hex(),
         "original_shape": list(scan.array.shape),
         "spacing_mm": [float(mm) for mm in scan.spacing_mm],
         "modality": scan.modality,
@@ -463,15 +470,21 @@ def _finish(job: Job) -> None:
     for unit in range(job.units):
         for line in _rows_file(job, unit).read_text("utf-8").splitlines():
             row = json.loads(line)
-            (refused if "refused" in row else kept).append(row)
+            if "refused" in row:
+                refused.append(row)
+            else:
+                kept.append({**row, "fingerprint": bytes.fromhex(row["fingerprint"])})
+    crossings = _crossings(kept)
     with atomic_file(job.folder / MANIFEST) as temporary:
         table = pa.Table.from_pylist(kept, schema=SCHEMA)
         parquet.write_table(table, temporary, compression="zstd")
-    with atomic_file(job.folder / REFUSED) as temporary:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("id", "source", "reason"))
-            writer.writerows((row["id"], row["source"], row["refused"]) for row in refused)
+    _write_csv(
+        job.folder / REFUSED,
+        ("id", "source", "reason"),
+        [(row["id"], row["source"], row["refused"]) for row in refused],
+    )
+    columns = tuple(column.name for column in fields(Crossing))
+    _write_csv(job.folder / CROSSINGS, columns, [astuple(crossing) for crossing in crossings])
     quantisation = Quantisation.of(job.preparation, job.dtype)
     info = {
         "format": FORMAT,
@@ -485,6 +498,26 @@ def _finish(job: Job) -> None:
     shutil.rmtree(job.folder / WORK)
 
 
+def _crossings(rows: Sequence[dict[str, Any]]) -> list[Crossing]:
+    """The studies that are the same on two sides of the splits."""
+    prints = [np.frombuffer(row["fingerprint"], np.uint8) for row in rows]
+    return find_crossings(
+        [row["id"] for row in rows],
+        [row["splits"] for row in rows],
+        [row["case"] for row in rows],
+        [row["volume_sha256"] for row in rows],
+        np.array(prints, np.uint8).reshape(len(rows), GRID, GRID, GRID),
+    )
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with atomic_file(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(rows)
+
+
 def _summary(job: Job) -> Prepared:
     table = Store(job.folder).table
     with (job.folder / REFUSED).open(encoding="utf-8", newline="") as file:
@@ -493,7 +526,7 @@ def _summary(job: Job) -> Prepared:
             for row in csv.DictReader(file)
         ]
     noted = sum(1 for notes in table["notes"].to_pylist() if notes)
-    return Prepared(len(table), refused, noted)
+    return Prepared(len(table), refused, noted, len(Store(job.folder).held_back))
 
 
 def prepare_phantoms(

@@ -82,6 +82,7 @@ def statistics(store: Store) -> dict[str, Any]:
         "volume": list(store.preparation.size),
         "splits": dict(Counter(name for names in splits for name in names)),
         "cases": len(cases),
+        "held back from evaluation": len(store.held_back),
         "cases in several splits": dict(shared),
         "original shape (z, y, x)": _spread(table["original_shape"].to_pylist()),
         "spacing in mm (z, y, x)": _spread(table["spacing_mm"].to_pylist()),

@@ -5,6 +5,7 @@
     volumes.zarr/     (rows, D, H, W) uint8 or float16, a few chunks a volume, many volumes a shard
     manifest.parquet  one row a study: id, row of the array, texts, questions, source, hashes, …
     refused.csv       what could not be prepared, and why
+    crossings.csv     studies that are the same on two sides of the splits (see `leakage`)
 
 Zarr v3 with sharding (decision 0006): a volume, or a part of one, is one range request, from a
 disk or through fsspec from object storage; a shard is one file.
@@ -12,6 +13,8 @@ disk or through fsspec from object storage; a shard is one file.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -27,6 +30,7 @@ import pyarrow.parquet as parquet
 import zarr
 from zarr.codecs import BloscCodec
 
+from med3dvlm.data.leakage import Crossing, leaking, side_of
 from med3dvlm.data.sources import Progress
 from med3dvlm.scan import Preparation, compare_preparations
 
@@ -36,7 +40,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 CHUNK_BYTES = 8 * 2**20
 DTYPES = ("uint8", "float16")
-VOLUMES, MANIFEST, REFUSED = "volumes.zarr", "manifest.parquet", "refused.csv"
+VOLUMES, MANIFEST = "volumes.zarr", "manifest.parquet"
+REFUSED, CROSSINGS = "refused.csv", "crossings.csv"
 STORE, PREPARATION = "store.json", "preparation.json"
 
 QUESTION = pa.struct(
@@ -62,6 +67,7 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
         ("source_sha256", pa.string()),
         ("volume_sha256", pa.string()),
+        ("fingerprint", pa.binary()),
         ("original_shape", pa.list_(pa.int32())),
         ("spacing_mm", pa.list_(pa.float64())),
         ("modality", pa.string()),
@@ -212,7 +218,8 @@ class Store:
 
     def study(self, index: int) -> dict[str, Any]:
         """A row of the manifest: see :data:`SCHEMA`."""
-        row = self.table.slice(index, 1).to_pylist()[0]
+        row: dict[str, Any] = self.table.slice(index, 1).to_pylist()[0]
+        del row["fingerprint"]  # for `leakage` alone
         row["metadata"] = json.loads(row["metadata"] or "{}")
         return row
 
@@ -226,10 +233,39 @@ class Store:
             raise StoreError(f"{self.location} holds no study {study_id!r}.")
         return self.ids.index(study_id)
 
-    def in_split(self, split: str) -> np.ndarray:
-        """The numbers of the studies of one split."""
-        listed = self.table["splits"].to_pylist()
-        return np.array([i for i, splits in enumerate(listed) if split in splits], dtype=np.int64)
+    def in_split(self, split: str, *, leaks: bool = False) -> np.ndarray:
+        """The numbers of the studies of one split.
+
+        Args:
+            leaks: with those of validation and test that are also on another side of the splits.
+        """
+        out = set() if leaks or side_of(split) == 0 else self.held_back
+        listed = zip(self.ids, self.table["splits"].to_pylist(), strict=True)
+        chosen = [
+            i for i, (name, splits) in enumerate(listed) if split in splits and name not in out
+        ]
+        return np.array(chosen, dtype=np.int64)
+
+    @cached_property
+    def crossings(self) -> list[Crossing]:
+        """Pairs of studies that are the same on two sides of the splits."""
+        rows = csv.DictReader(io.StringIO(self._read(CROSSINGS).decode("utf-8"), newline=""))
+        return [Crossing(**{**row, "similarity": float(row["similarity"])}) for row in rows]
+
+    @cached_property
+    def held_back(self) -> set[str]:
+        """The ids of validation and test that are also on another side of the splits."""
+        return leaking(self.crossings)
+
+    def groups(self) -> list[list[int]]:
+        """Studies by report: those that share one, as reconstructions of a scan do, together.
+
+        Retrieval that counts a sibling as a hit takes these; the published protocol does not.
+        """
+        members: dict[str, list[int]] = {}
+        for index, report in enumerate(self.table["report"].to_pylist()):
+            members.setdefault(report or f"\0{index}", []).append(index)
+        return list(members.values())
 
     def label_matrix(self) -> np.ndarray:
         """(studies, labels) float32, 0 or 1.
