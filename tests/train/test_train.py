@@ -128,6 +128,29 @@ def test_three_stages_end_to_end(tmp_path, store):
     assert summary["recipe"]["data"]["tasks"] == tasks
 
 
+def test_a_text_encoder_is_fitted_to_a_frozen_volume_encoder(tmp_path, store):
+    before = weights(train(load_recipe(recipe(tmp_path, store))))
+    learning = ["text_encoder", "text_projection", "vision_projection", "loss"]
+    path = recipe(
+        tmp_path,
+        store,
+        start=str(tmp_path / "contrastive"),
+        output=str(tmp_path / "search"),
+        train=learning,
+        anew=["text_encoder"],
+    )
+    after = weights(train(load_recipe(path, ["training.seed=1"])))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(learning)
+    embedding = "text_encoder.embeddings.word_embeddings.weight"
+    near = torch.nn.functional.cosine_similarity(before[embedding], after[embedding]).abs()
+    assert near.mean() < 0.5  # anew: nothing of what it was
+    with pytest.raises(RecipeError, match="anew: 'vision_encoder'"):
+        train(load_recipe(path, ["anew=[vision_encoder]", f"output={tmp_path / 'x'}"]))
+    with pytest.raises(RecipeError, match="train is empty"):
+        train(load_recipe(path, ["train=[]", f"output={tmp_path / 'x'}"]))
+
+
 def test_lora_changes_the_language_model_through_adapters_alone(tmp_path, store):
     train(load_recipe(recipe(tmp_path, store)))
     before = train(load_recipe(language_recipe(tmp_path, store, "alignment", "contrastive")))

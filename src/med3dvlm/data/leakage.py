@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import ndimage
@@ -105,10 +105,10 @@ def _body_box(cells: np.ndarray, shape: tuple[int, ...]) -> list[tuple[float, fl
     air, bone = np.percentile(cells, (10, 99.5))
     # the couch goes: thin, or apart from the body
     body = ndimage.binary_opening(cells > air + BODY_LEVEL * (bone - air), IN_PLANE)
-    pieces, _ = ndimage.label(body)
+    pieces = _pieces(body)
     body = pieces == 1 + np.argmax(np.bincount(pieces.ravel(), minlength=2)[1:])
     # lungs may be as dark as air: what no path in plane joins to the border is body
-    holes, _ = ndimage.label(~body, IN_PLANE)
+    holes = _pieces(~body, IN_PLANE)
     border = np.concatenate([holes[:, [0, -1]].ravel(), holes[:, :, [0, -1]].ravel()])
     body |= ~np.isin(holes, border)
     box = []
@@ -120,6 +120,12 @@ def _body_box(cells: np.ndarray, shape: tuple[int, ...]) -> list[tuple[float, fl
         low, high = np.interp(tails, [0, *mass], np.arange(BODY_GRID + 1)) * (n / BODY_GRID)
         box.append((float(low), float(high)))
     return box
+
+
+def _pieces(mask: np.ndarray, joined: np.ndarray | None = None) -> np.ndarray:
+    """The connected pieces of a mask, numbered from 1; 0 outside."""
+    labels: Any = ndimage.label(mask, joined)
+    return labels[0]
 
 
 # --- near duplicates --------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def _from_nothing(recipe: Recipe, store: Store) -> VolumeTextDualEncoder:
 def _from_checkpoint(recipe: Recipe) -> VolumeTextDualEncoder:
     """The checkpoint with its frozen parts, and anew those that the recipe wants anew."""
     model = load(recipe.start, part="search")
+    if not isinstance(model, VolumeTextDualEncoder):
+        raise RecipeError(f"start: {recipe.start} is no dual encoder; name one.")
     if not recipe.train:
         raise RecipeError("train is empty: name the parts that learn, for example text_encoder.")
     freeze_all_but(model, recipe.train)
