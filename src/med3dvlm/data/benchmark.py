@@ -15,12 +15,14 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from med3dvlm.data.prepare import prepare_archive
+from med3dvlm.data.layouts import LAYOUTS, phantom_sources
+from med3dvlm.data.prepare import prepare_archive, prepare_sources
 from med3dvlm.data.store import DTYPES, Store
 from med3dvlm.scan import PRESETS, Preparation, prepare, read_scan, save_nifti
 
 VOLUMES = 8  # 128×256×256 ones that are read
 SMALL_STUDIES = 5000
+PREPARED = 160  # phantoms that are made and prepared
 READS = 500  # small studies timed at each end of the store
 SMALL = Preparation(size=(8, 16, 16), intensity="minmax", window=((0, 0), (1, 1)))
 
@@ -61,17 +63,30 @@ def _reading(folder: Path) -> list[dict[str, Any]]:
 
 
 def _preparing(folder: Path) -> list[dict[str, Any]]:
-    """Studies a second with one worker process, and with two."""
-    scans = folder / "scans"
+    """Studies a second with one process, and with two once both have started."""
     rates = {}
     for workers in (1, 2):
-        output = folder / f"with-{workers}"
-        options = {"preparation": PRESETS["m3d"], "shard": 1, "workers": workers}
-        prepare_archive("folder", scans, output, **options)
-        rates[workers] = VOLUMES / _seconds(
-            lambda o=output, s=options: prepare_archive("folder", scans, o.with_suffix(".b"), **s)
+        moments: list[tuple[float, int]] = []
+        prepare_sources(
+            LAYOUTS["phantoms"],
+            phantom_sources(PREPARED, split="test", seed=0),
+            folder / f"with-{workers}",
+            root=Path("phantoms"),
+            preparation=PRESETS["demo"],
+            shard=4,
+            workers=workers,
+            progress=lambda done, _, m=moments: m.append((time.perf_counter(), done)),
         )
-    return [_row("prepare with 2 workers, studies/s", rates[2], rates[1])]
+        (start, first), (end, last) = moments[len(moments) // 4], moments[-1]
+        rates[workers] = (last - first) / (end - start)
+    return [
+        {
+            "what": "prepare phantoms with 2 workers, studies/s",
+            "figure": rates[2],
+            "against": rates[1],
+            "ratio": rates[2] / rates[1],
+        }
+    ]
 
 
 def _random_access(folder: Path, count: int) -> list[dict[str, Any]]:

@@ -313,7 +313,10 @@ def _with_processes(job: Job, units: Sequence[int], workers: int) -> Iterator[in
         return
     # "spawn": forking a process that has used torch's threads can hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool:
+    with (
+        _children_of_one_thread(),
+        ProcessPoolExecutor(workers, context, _start_worker, (job, os.getpid())) as pool,
+    ):
         waiting = [pool.submit(_prepare_here, unit) for unit in units]
         try:
             for future in as_completed(waiting):
@@ -325,6 +328,22 @@ def _with_processes(job: Job, units: Sequence[int], workers: int) -> Iterator[in
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _children_of_one_thread() -> Iterator[None]:
+    """Libraries read these when they are loaded; workers whose threads compete are slower."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _start_worker(job: Job, parent: int) -> None:
