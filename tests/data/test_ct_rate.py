@@ -71,7 +71,7 @@ def test_values_are_hu_whether_the_release_is_rescaled_or_not(archive):
     assert [LABELS[i] for i, there in enumerate(first.labels) if there] == ["Lung nodule"]
     for source in (first, second):
         scan = read_volume(source)
-        assert scan.units == "HU"
+        assert scan.units == "HU" and scan.warnings == ()
         np.testing.assert_array_equal(scan.array, STUDY.scan().array)
     assert "report is empty" in empty.refusal
 

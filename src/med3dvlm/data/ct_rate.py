@@ -124,10 +124,12 @@ def in_hounsfield(scan: Scan, slope: float, intercept: float) -> Scan:
             f"{scan.source}: neither its values nor those rescaled by {slope:g} and "
             f"{intercept:g} are Hounsfield units; check the metadata."
         )
+    # the reader's doubt about the units is settled
+    notes = tuple(note for note in scan.warnings if not note.startswith("not HU"))
+    known = replace(scan, units="HU", modality="CT", warnings=notes)
     if as_is >= rescaled:
-        return replace(scan, units="HU", modality="CT")
-    array = scan.array * np.float32(slope) + np.float32(intercept)
-    return replace(scan, array=array, units="HU", modality="CT")
+        return known
+    return replace(known, array=scan.array * np.float32(slope) + np.float32(intercept))
 
 
 def _likeness(values: np.ndarray) -> float:
