@@ -14,11 +14,13 @@ import yaml
 
 from med3dvlm import hub
 from med3dvlm.data.prepare import prepare_phantoms
+from med3dvlm.data.prompts import REPORT_PROMPTS
 from med3dvlm.data.store import Store, StoreError
 from med3dvlm.models import VolumeTextDualEncoder
 from med3dvlm.scan import PRESETS, Preparation
 from med3dvlm.train import RecipeError, load_recipe, train
 from med3dvlm.train.engine import freeze_all_but
+from med3dvlm.train.language import TaskDataset
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 SMALL = Preparation(
@@ -149,6 +151,15 @@ def test_a_text_encoder_is_fitted_to_a_frozen_volume_encoder(tmp_path, store):
         train(load_recipe(path, ["anew=[vision_encoder]", f"output={tmp_path / 'x'}"]))
     with pytest.raises(RecipeError, match="train is empty"):
         train(load_recipe(path, ["train=[]", f"output={tmp_path / 'x'}"]))
+
+
+def test_prompts_vary_only_where_the_recipe_says_so(store):
+    def instructions(**options) -> set[str]:
+        dataset = TaskDataset(Store(store), {"report": 1.0}, "Report.", None, **options)
+        return {dataset[number]["instruction"] for number in range(200)}
+
+    assert instructions() == {"Report."}
+    assert instructions(vary_prompts=True) == {"Report.", *REPORT_PROMPTS}
 
 
 def test_lora_changes_the_language_model_through_adapters_alone(tmp_path, store):

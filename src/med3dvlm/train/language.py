@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from med3dvlm.data.prompts import CAPTION_PROMPTS, REPORT_PROMPTS
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Quantisation, Store
 from med3dvlm.hub import load
@@ -29,8 +30,6 @@ from med3dvlm.models.processor import IMAGE_TOKEN
 from med3dvlm.train.contrastive import open_store
 from med3dvlm.train.engine import fit, freeze_all_but, save_summary
 from med3dvlm.train.recipe import Recipe, RecipeError
-
-CAPTION_PROMPT = "Please describe this scan in one sentence."
 
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
@@ -53,6 +52,7 @@ def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3D
         recipe.data.tasks,
         model.config.report_prompt,
         features,
+        vary_prompts=recipe.data.vary_prompts,
         seed=recipe.training.seed,
     )
     collate = TaskCollator(model.processor, store.quantisation)
@@ -145,13 +145,22 @@ def encode_store(
     return np.concatenate(low_parts), np.concatenate(high_parts)
 
 
-def task_examples(study: dict[str, Any], report_prompt: str) -> dict[str, list[tuple[str, str]]]:
-    """(instruction, answer) pairs of one study by task."""
+def task_examples(
+    study: dict[str, Any], report_prompt: str, *, vary: bool = False
+) -> dict[str, list[tuple[str, str]]]:
+    """(instruction, answer) pairs of one study by task.
+
+    Args:
+        report_prompt: the one that the model will be asked with.
+        vary: other wordings of it and of the captions' prompt too.
+    """
+    reports = dict.fromkeys((report_prompt, *REPORT_PROMPTS)) if vary else (report_prompt,)
+    captions = CAPTION_PROMPTS if vary else CAPTION_PROMPTS[:1]
     pairs: dict[str, list[tuple[str, str]]] = {}
     if study["report"]:
-        pairs["report"] = [(report_prompt, study["report"])]
+        pairs["report"] = [(prompt, study["report"]) for prompt in reports]
     if study["caption"]:
-        pairs["caption"] = [(CAPTION_PROMPT, study["caption"])]
+        pairs["caption"] = [(prompt, study["caption"]) for prompt in captions]
     for question in study["questions"]:
         text, answer = question["text"], question["answer"]
         if question["choices"]:
@@ -174,8 +183,10 @@ class TaskDataset(Dataset):
         report_prompt: str,
         features: tuple[np.ndarray, np.ndarray] | None,
         *,
+        vary_prompts: bool = False,
         seed: int = 0,
     ):
+        self.vary_prompts = vary_prompts
         self.store = store
         self.tasks = tasks
         self.report_prompt = report_prompt
@@ -188,7 +199,9 @@ class TaskDataset(Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         index = number % len(self)
         random = np.random.default_rng((self.seed, number))
-        examples = task_examples(self.store.study(index), self.report_prompt)
+        examples = task_examples(
+            self.store.study(index), self.report_prompt, vary=self.vary_prompts
+        )
         names = [name for name, weight in self.tasks.items() if weight and name in examples]
         if not names:
             raise RecipeError(

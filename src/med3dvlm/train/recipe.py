@@ -33,6 +33,8 @@ class DataRecipe:
     workers: int = 2
     # How often each task is drawn in the language stages: report, caption, closed, open, yes_no.
     tasks: dict[str, float] = field(default_factory=lambda: {"report": 1.0})
+    # Language stages: whether reports and captions are asked for in several wordings.
+    vary_prompts: bool = False
     # Contrastive stage: how often the short caption stands in for the report.
     caption_share: float = 0.0
     # Augmentation, contrastive stage: intensity scale and shift as shares of the range, and
