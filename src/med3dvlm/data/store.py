@@ -169,7 +169,7 @@ class Store:
         self.preparation = Preparation.from_dict(json.loads(self._read(PREPARATION)))
         self.quantisation = Quantisation(info["dtype"], info["low"], info["high"])
         self.labels: list[str] = info["labels"]
-        self.table = parquet.read_table(pa.BufferReader(self._read(MANIFEST)))
+        self.table = _read_parquet(self._read(MANIFEST))
         if skip:
             self.table = self._without(skip)
         self.ids: list[str] = self.table["id"].to_pylist()
@@ -302,3 +302,9 @@ class Store:
             )
         kept = [study_id not in skip for study_id in self.table["id"].to_pylist()]
         return self.table.filter(pa.array(kept))
+
+
+def _read_parquet(content: bytes) -> pa.Table:
+    """Without Arrow's threads: one that still runs when Python ends aborts the process."""
+    file = parquet.ParquetFile(pa.BufferReader(content), pre_buffer=False)
+    return file.read(use_threads=False)
