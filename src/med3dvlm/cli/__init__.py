@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from med3dvlm.cli import archive, benchmark, data, demo, models, read, store
+from med3dvlm.cli import archive, benchmark, demo, evaluate, models, phantoms, read, store, train
 from med3dvlm.cli.common import fail
 
 app = typer.Typer(
@@ -53,9 +53,9 @@ app.add_typer(archive.index_app, name="index")
 app.command("search")(archive.search)
 app.command("prepare")(store.prepare)
 app.add_typer(store.data_app, name="data")
-app.command("phantoms")(data.phantoms)
-app.add_typer(data.train_app, name="train")
-app.add_typer(data.evaluate_app, name="evaluate")
+app.command("phantoms")(phantoms.phantoms)
+app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(models.app, name="model")
 app.add_typer(benchmark.app, name="benchmark")
 

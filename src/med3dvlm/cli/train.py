@@ -1,0 +1,57 @@
+"""`train`: the three stages, each by its recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from med3dvlm.cli import common
+
+app = typer.Typer(no_args_is_help=True, help="Train by a recipe (YAML); goes on by itself.")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="A recipe.", metavar="RECIPE.yaml")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change.", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command("contrastive")
+def train_contrastive(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Stage 1: volumes and reports into one space.
+
+    Example: `med3dvlm train contrastive recipes/demo/contrastive.yaml training.batch_size=16`
+    """
+    _train("contrastive", recipe, overrides)
+
+
+@app.command("alignment")
+def train_alignment(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Stage 2: the projector learns to speak to the language model.
+
+    Example: `med3dvlm train alignment recipes/demo/alignment.yaml`
+    """
+    _train("alignment", recipe, overrides)
+
+
+@app.command("instruction")
+def train_instruction(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Stage 3: reports and answers.
+
+    Example: `med3dvlm train instruction recipes/demo/instruction.yaml`
+    """
+    _train("instruction", recipe, overrides)
+
+
+def _train(stage: str, path: Path, overrides: list[str] | None) -> None:
+    from med3dvlm.train import RecipeError, load_recipe, train
+
+    recipe = load_recipe(path, overrides)
+    if recipe.stage != stage:
+        raise RecipeError(
+            f"{path} is a recipe for {recipe.stage}: use med3dvlm train {recipe.stage}."
+        )
+    with common.progress_bar("preparing studies") as progress:
+        train(recipe, progress=progress)
+    typer.echo(f"{recipe.output}: trained")
