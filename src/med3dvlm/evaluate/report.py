@@ -1,4 +1,4 @@
-"""Drafted reports: by the findings that they assert, and by their wording."""
+"""Drafted reports by the findings that they assert."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from med3dvlm.evaluate.statistics import interval
 from med3dvlm.evaluate.tables import Row
 
 Findings = Mapping[str, bool]
-INSTALL = "the text metrics are not installed: pip install 'med3dvlm[evaluate]'"
 
 
 def finding_table(truth: Sequence[Findings], predicted: Sequence[Findings]) -> list[Row]:
@@ -99,37 +97,3 @@ def _chance_f1(true: np.ndarray) -> float:
 
 def _always_f1(true: np.ndarray) -> float:
     return 2 * float(true.mean()) / (1 + float(true.mean()))
-
-
-def bleu1(reference: str, draft: str) -> float:
-    """BLEU-1 of one draft, 0 to 1: unigram precision with the brevity penalty.
-
-    Tokens as in mteval-v13a, unsmoothed and case-sensitive; sacrebleu counts.
-    """
-    try:
-        from sacrebleu.metrics import BLEU  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise ImportError(INSTALL) from error
-    metric = BLEU(max_ngram_order=1, smooth_method="none", effective_order=True)
-    return metric.sentence_score(draft, [reference]).score / 100
-
-
-def rouge1(reference: str, draft: str) -> float:
-    """ROUGE-1 F1 of one draft, 0 to 1, without stemming; rouge-score counts."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError(INSTALL) from error
-    return float(RougeScorer(["rouge1"]).score(reference, draft)["rouge1"].fmeasure)
-
-
-def wording_table(references: Sequence[str], drafts: Sequence[str]) -> list[Row]:
-    """BLEU-1 and ROUGE-1 per sample, averaged, with 95% intervals."""
-    pairs = list(zip(references, drafts, strict=True))
-    rows = []
-    for name, metric in (("BLEU-1", bleu1), ("ROUGE-1", rouge1)):
-        scores = [metric(reference, draft) for reference, draft in pairs]
-        low, high = interval(scores)
-        mean = float(np.mean(scores))
-        rows.append({"metric": name, "reports": len(pairs), "mean": mean, "low": low, "high": high})
-    return rows
