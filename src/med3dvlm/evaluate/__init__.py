@@ -1,5 +1,6 @@
 """Measuring: scores as plain functions of predictions, tables, and what calls them."""
 
+from med3dvlm.evaluate.findings import CT_RATE_TERMS, asserted, extract_findings
 from med3dvlm.evaluate.report import baseline_table, finding_table
 from med3dvlm.evaluate.retrieval import Places, places_of_matches, retrieval_table
 from med3dvlm.evaluate.statistics import interval
@@ -8,12 +9,15 @@ from med3dvlm.evaluate.vqa import Answered, closed_table, letter_in, yes_no_tabl
 from med3dvlm.evaluate.wording import wording_scores, wording_table
 
 __all__ = [
+    "CT_RATE_TERMS",
     "Answered",
     "Places",
     "Results",
     "Table",
+    "asserted",
     "baseline_table",
     "closed_table",
+    "extract_findings",
     "finding_table",
     "interval",
     "letter_in",
