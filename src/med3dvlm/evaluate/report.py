@@ -1,4 +1,4 @@
-"""Drafted reports: by the findings that they assert, and by their wording."""
+"""Drafted reports by the findings that they assert."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from med3dvlm.evaluate.statistics import interval
+from med3dvlm.evaluate.statistics import interval_of
 from med3dvlm.evaluate.tables import Row
 
 Findings = Mapping[str, bool]
-INSTALL = "the text metrics are not installed: pip install 'med3dvlm[evaluate]'"
 
 
 def finding_table(truth: Sequence[Findings], predicted: Sequence[Findings]) -> list[Row]:
@@ -52,6 +51,40 @@ def baseline_table(truth: Sequence[Findings]) -> list[Row]:
         _baseline("at random, as often as it occurs", chance, chance, chance, at_random),
         _baseline("always asserts", share, float(true.any()), _always_f1(true), share),
     ]
+
+
+def crg_table(truth: Sequence[Findings], predicted: Sequence[Findings]) -> list[Row]:
+    """CRG of drafted reports with its 95% interval, beside those who have not looked.
+
+    CRG (Hamamci et al., MIDL 2025, arXiv 2505.17167) weighs hits and misses of the A positives
+    among all X labels, studies × findings, so that rare findings count:
+    r = (X − A) / 2A, U = (X − A) / 2, s = r·TP − r·FN − FP, CRG = U / (2U − s). A perfect draft
+    has 1; never asserting anything and always asserting everything both have 1/3.
+
+    Raises:
+        ValueError: as `finding_table`, and where no label is positive, or every one is.
+    """
+    true, said, _ = _arrays(truth, predicted)
+    if true.all() or not true.any():
+        raise ValueError("CRG is not defined where no finding is there, or every one is.")
+    low, high = interval_of(lambda chosen: _crg(true[chosen], said[chosen]), len(true))
+    rows: list[Row] = [
+        {"who": "drafted reports", "CRG": _crg(true, said), "low": float(low), "high": float(high)}
+    ]
+    for who, constant in (("never asserts", False), ("always asserts", True)):
+        rows.append({"who": who, "CRG": _crg(true, np.full_like(true, constant))})
+    return rows
+
+
+def _crg(true: np.ndarray, said: np.ndarray) -> float:
+    positives = int(true.sum())
+    largest = (true.size - positives) / 2
+    if not positives or not largest:
+        return float("nan")
+    weight = largest / positives
+    hits, false = int((true & said).sum()), int((~true & said).sum())
+    score = weight * hits - weight * (positives - hits) - false
+    return largest / (2 * largest - score)
 
 
 def _baseline(name: str, precision: float, recall: float, f1: float, accuracy: float) -> Row:
@@ -99,37 +132,3 @@ def _chance_f1(true: np.ndarray) -> float:
 
 def _always_f1(true: np.ndarray) -> float:
     return 2 * float(true.mean()) / (1 + float(true.mean()))
-
-
-def bleu1(reference: str, draft: str) -> float:
-    """BLEU-1 of one draft, 0 to 1: unigram precision with the brevity penalty.
-
-    Tokens as in mteval-v13a, unsmoothed and case-sensitive; sacrebleu counts.
-    """
-    try:
-        from sacrebleu.metrics import BLEU  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise ImportError(INSTALL) from error
-    metric = BLEU(max_ngram_order=1, smooth_method="none", effective_order=True)
-    return metric.sentence_score(draft, [reference]).score / 100
-
-
-def rouge1(reference: str, draft: str) -> float:
-    """ROUGE-1 F1 of one draft, 0 to 1, without stemming; rouge-score counts."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise ImportError(INSTALL) from error
-    return float(RougeScorer(["rouge1"]).score(reference, draft)["rouge1"].fmeasure)
-
-
-def wording_table(references: Sequence[str], drafts: Sequence[str]) -> list[Row]:
-    """BLEU-1 and ROUGE-1 per sample, averaged, with 95% intervals."""
-    pairs = list(zip(references, drafts, strict=True))
-    rows = []
-    for name, metric in (("BLEU-1", bleu1), ("ROUGE-1", rouge1)):
-        scores = [metric(reference, draft) for reference, draft in pairs]
-        low, high = interval(scores)
-        mean = float(np.mean(scores))
-        rows.append({"metric": name, "reports": len(pairs), "mean": mean, "low": low, "high": high})
-    return rows

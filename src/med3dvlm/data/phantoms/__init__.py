@@ -3,7 +3,7 @@
 from med3dvlm.data.phantoms.anatomy import PHASES, PLANES
 from med3dvlm.data.phantoms.finding import Finding, PlacedFinding
 from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS
-from med3dvlm.data.phantoms.language import Question, find_findings
+from med3dvlm.data.phantoms.language import PHANTOM_TERMS, Question, find_findings
 from med3dvlm.data.phantoms.layouts import LAYOUTS
 from med3dvlm.data.phantoms.study import (
     CONCEPTS,
@@ -24,6 +24,7 @@ __all__ = [
     "FINDINGS",
     "LAYOUTS",
     "ORGANS",
+    "PHANTOM_TERMS",
     "PHANTOM_VERSION",
     "PHASES",
     "PLANES",

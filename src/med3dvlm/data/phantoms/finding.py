@@ -6,7 +6,6 @@ A finding is one subclass of :class:`Finding` in the file of its body region, na
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -112,10 +111,6 @@ class Finding:
     def location(self) -> str | None:
         """The attribute that says where it is, if it has one."""
         return next((key for key in ("side", "lobe") if key in self.attributes), None)
-
-    @classmethod
-    def recognised(cls, sentence: str) -> bool:
-        return re.search(cls.terms, sentence, re.IGNORECASE) is not None
 
 
 def both(side: str) -> tuple[str, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from med3dvlm.data.assertions import Term, read_assertions
 from med3dvlm.data.phantoms.anatomy import PHASES, PLANES
 from med3dvlm.data.phantoms.finding import SIZE_STEP_MM, PlacedFinding
 from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS
@@ -315,20 +315,14 @@ def _listing(words: Sequence[str]) -> str:
 
 # --- reading text back ------------------------------------------------------------------------
 
-NEGATION = re.compile(
-    r"\b(no|not|without|free of|absent|negative|unremarkable|normal)\b", re.IGNORECASE
-)
-SENTENCE_END = re.compile(
-    r"(?<=[.!?;])\s+|\b(?:technique|findings|impression):|\bbut\b|\bhowever\b", re.IGNORECASE
-)
-
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences and clauses, without the names of sections."""
-    return [part.strip() for part in SENTENCE_END.split(text) if part and part.strip()]
+# Some terms name the organ, not the finding: "not enlarged" then speaks of the finding.
+PHANTOM_TERMS = {
+    name: Term(finding.terms, normal=rf"(?:{finding.terms}) is not enlarged")
+    for name, finding in FINDINGS.items()
+}
 
 
 def find_findings(text: str) -> dict[str, bool]:
-    """Which findings a text asserts: found by their terms, unless the sentence negates them."""
-    asserted = " \n ".join(s for s in split_sentences(text) if not NEGATION.search(s))
-    return {name: finding.recognised(asserted) for name, finding in FINDINGS.items()}
+    """Which findings a text asserts."""
+    statuses = read_assertions(text, PHANTOM_TERMS)
+    return {name: status == "present" for name, status in statuses.items()}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
+from med3dvlm.data.assertions import split_sentences
 from med3dvlm.data.phantoms.anatomy import PHASES, PLANES, Anatomy, Torso, make_anatomy
 from med3dvlm.data.phantoms.finding import PlacedFinding
 from med3dvlm.data.phantoms.findings import FINDINGS, concept_names, is_large
 from med3dvlm.data.phantoms.language import (
     Question,
-    split_sentences,
     write_caption,
     write_questions,
     write_report,

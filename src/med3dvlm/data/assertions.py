@@ -1,0 +1,166 @@
+"""What a report says of a finding: present, absent, uncertain, or not mentioned.
+
+Rules in the manner of NegEx (Chapman et al., J Biomed Inform 2001) and ConText (Harkema et al.,
+J Biomed Inform 2009): a term names the finding, and cues in the same clause ("no", "cannot be
+excluded") say how it is meant, forwards or backwards, as far as their scope goes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+Status = Literal["present", "absent", "uncertain", "not mentioned"]
+STRONGEST_FIRST: tuple[Status, ...] = ("present", "uncertain", "absent", "not mentioned")
+
+
+@dataclass(frozen=True)
+class Term:
+    """How a finding is named; patterns are matched within a clause, whatever the case.
+
+    Attributes:
+        mention: names the finding.
+        normal: says by itself that the finding is absent ("heart size is normal").
+        unlike: what overlaps a mention and means something else ("thyroid nodule").
+    """
+
+    mention: str
+    normal: str = ""
+    unlike: str = ""
+
+
+SENTENCE_END = re.compile(
+    r"(?<=[.!?;])\s+|\n+|\b(?:technique|findings|impression):|\bbut\b|\bhowever\b", re.IGNORECASE
+)
+BE = r"(?:is|are|was|were|has been|have been)"
+SEEN = (
+    r"(?:observed|seen|detected|noted|noticed|present|found|identified|visible|visuali[sz]ed|"
+    r"evident|demonstrated|appreciated|encountered)"
+)
+# A new statement begins: after a finished predicate, or with a subject and verb of its own.
+CLAUSE_END = re.compile(
+    r"\b(?:although|though|except|whereas|while|apart from|aside from)\b"
+    r"|(?:(?<=\bseen)|(?<=observed)|(?<=detected)|(?<=present)|(?<=noted)|(?<=found))(?:,| and)\s"
+    r"|(?:,| and)\s+(?=there (?:is|are|was|were)\b|it\b)",
+    re.IGNORECASE,
+)
+UNABLE = r"(?:cannot|can not|could not|can't|not possible to|unable to|difficult to)"
+
+# Cues by what they say and where: forward of what follows in the clause, adjacent of the very next
+# words, backward of what came before in the same statement, near of a subject just before, both of
+# either. Longer wordings come first: what one cue has matched no later one reads.
+CUES: dict[str, tuple[str, ...]] = {
+    # look like a negation and are none
+    "none, nowhere": (
+        r"not without",
+        r"not (?:only|certain)",
+        rf"not {SEEN} (?:before|previously|on the (?:previous|prior))",
+        r"(?:no|without)(?: \w+){0,2} (?:change|increase|decrease|progression|regression)s?",
+        r"(?:partially|nearly|almost completely|incompletely|not) resolved",
+    ),
+    # what follows is not said of this scan
+    "elsewhere, forward": (
+        r"(?:history|evaluation|evaluated|screening|follow-?up|operated)(?: (?:for|of|on))?",
+    ),
+    "uncertain, backward": (
+        rf"{UNABLE} be (?:completely |entirely |definitely )?(?:excluded|ruled out)",
+        r"(?:is|are|was|were) not (?:excluded|ruled out)",
+        rf"{BE} (?:possible|probable|suspected|questionable|likely|doubtful|equivocal)",
+    ),
+    "uncertain, forward": (
+        rf"{UNABLE} (?:rule out|exclude)",
+        r"(?:may|might|could|can)(?: also)? (?:represent|be|reflect|correspond|indicate|suggest)",
+        r"suspicious (?:for|of|in terms of)|suspicion (?:for|of)|suspected|suspect",
+        r"possib(?:le|ly)|probabl[ey]|questionable|likely|equivocal|doubtful|suggest(?:s|ing|ive)",
+        r"differential diagnosis",
+    ),
+    "absent, backward": (
+        rf"{BE} (?:not|no longer|never) (?:clearly )?{SEEN}",
+        rf"(?:not|no longer|never) {SEEN}",
+        rf"{BE} (?:absent|ruled out|excluded|removed)|(?:was|were) negative",
+        r"(?:has|have|had)?(?: completely)? ?(?:resolved|disappeared|vanished)",
+        r"none of (?:them|which)",
+    ),
+    "absent, both": (rf"(?:{BE} )?(?:free of|free from|clear of)",),
+    "absent, near": (
+        rf"(?:{BE}|appears?) (?:of )?(?:entirely |within )?(?:normal|clear|intact|free|natural)",
+        rf"(?:{BE} |appears? )?unremarkable",
+    ),
+    "absent, adjacent": (r"normal",),
+    "absent, forward": (
+        r"no evidence of|no sign of|no|without|absence of|absent",
+        r"negative for|neither|nor|rules out|ruled out",
+        rf"(?:do|does|did) not|not {SEEN}|not",
+    ),
+}
+
+
+GROUPS = {f"k{i}": tuple(kind.split(", ")) for i, kind in enumerate(CUES)}
+ANY_CUE = "|".join(f"(?P<k{i}>{'|'.join(wordings)})" for i, wordings in enumerate(CUES.values()))
+CUE = re.compile(rf"\b(?:{ANY_CUE})\b", re.IGNORECASE)
+FINITE_VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|contains?)\b", re.IGNORECASE)
+NEAR_WORDS = 3  # between a subject and "is normal"
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences, and what "but" and "however" part, without the names of sections."""
+    return [part.strip() for part in SENTENCE_END.split(text) if part and part.strip()]
+
+
+def read_assertions(text: str, terms: Mapping[str, Term]) -> dict[str, Status]:
+    """The status of every finding in a text.
+
+    Where a text says several things of one finding, present outweighs uncertain, and uncertain
+    outweighs absent.
+    """
+    clauses = [c for s in split_sentences(text) for c in CLAUSE_END.split(s) if c.strip()]
+    cued = [(clause, list(CUE.finditer(clause))) for clause in clauses]
+    found: dict[str, Status] = {}
+    for name, term in terms.items():
+        said = {status for clause, cues in cued for status in _statuses(clause, cues, term)}
+        found[name] = next((s for s in STRONGEST_FIRST if s in said), "not mentioned")
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern or r"(?!)", re.IGNORECASE)  # no pattern: matches nothing
+
+
+def _statuses(clause: str, cues: list[re.Match[str]], term: Term) -> list[Status]:
+    normal = [m.span() for m in _compiled(term.normal).finditer(clause)]
+    passed_over = normal + [m.span() for m in _compiled(term.unlike).finditer(clause)]
+    statuses: list[Status] = ["absent"] if normal else []
+    for mention in _compiled(term.mention).finditer(clause):
+        if not any(a < mention.end() and mention.start() < b for a, b in passed_over):
+            statuses.append(_status(mention, cues))
+    return statuses
+
+
+def _status(mention: re.Match[str], cues: list[re.Match[str]]) -> Status:
+    kinds = [GROUPS[cue.lastgroup or ""] for cue in cues]
+    said = {
+        says for cue, (says, way) in zip(cues, kinds, strict=True) if _reaches(cue, way, mention)
+    }
+    if "elsewhere" in said:
+        return "not mentioned"
+    if "uncertain" in said:
+        return "uncertain"
+    return "absent" if "absent" in said else "present"
+
+
+def _reaches(cue: re.Match[str], way: str, mention: re.Match[str]) -> bool:
+    """Whether a mention lies in the scope of a cue of the same clause."""
+    if cue.start() < mention.end() and mention.start() < cue.end():
+        return True  # inside the mention: "the coronary arteries are free of calcification"
+    if cue.end() <= mention.start():
+        touches = not cue.string[cue.end() : mention.start()].strip()
+        return way in ("forward", "both") or (way == "adjacent" and touches)
+    between = cue.string[mention.end() : cue.start()]
+    if way not in ("backward", "near", "both") or FINITE_VERB.search(between):
+        return False
+    near = len(between.split()) <= NEAR_WORDS and "," not in between
+    return near or way == "backward"
