@@ -7,7 +7,8 @@ is fitted to them in minutes (locked-image tuning, arXiv 2111.07991).
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Quantisation, Store
+from med3dvlm.evaluate.retrieval import places_of_matches
 from med3dvlm.hub import load
 from med3dvlm.models import (
     DualEncoderConfig,
@@ -26,7 +28,7 @@ from med3dvlm.models import (
     VolumeTextDualEncoder,
 )
 from med3dvlm.scan import Preparation
-from med3dvlm.train.engine import fit, freeze_all_but, save_summary
+from med3dvlm.train.engine import Validation, fit, freeze_all_but, save_result
 from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError
 from med3dvlm.train.tokenizer import train_tokenizer
 
@@ -35,22 +37,37 @@ def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> Vo
     """Follow a contrastive recipe; the model is also saved in `recipe.output`."""
     torch.manual_seed(recipe.training.seed)
     if recipe.start is None:
-        store = open_store(recipe, Preparation.from_dict(recipe.preparation), progress=progress)
-        model = _from_nothing(recipe, store)
+        preparation = Preparation.from_dict(recipe.preparation)
+        studies = open_studies(recipe, preparation, progress=progress)
+        model = _from_nothing(recipe, studies.train)
     else:
         model = _from_checkpoint(recipe)
-        store = open_store(recipe, model.preparation, progress=progress)
-    pooled = None
-    if recipe.train and "vision_encoder" not in recipe.train:
-        pooled = pool_store(model, store, progress=progress)
-    dataset = PairDataset(store, recipe.data, pooled, seed=recipe.training.seed)
+        studies = open_studies(recipe, model.preparation, progress=progress)
+    frozen = bool(recipe.train) and "vision_encoder" not in recipe.train
+
+    def dataset(store: Store, data: DataRecipe) -> PairDataset:
+        pooled = pool_store(model, store, progress=progress) if frozen else None
+        return PairDataset(store, data, pooled, seed=recipe.training.seed)
+
+    def collate(store: Store, data: DataRecipe) -> PairCollator:
+        return PairCollator(model.processor, data, store.quantisation)
+
+    validation = None
+    if studies.validation is not None:
+        as_is = replace(recipe.data, intensity=0.0, shift_voxels=0, caption_share=0.0)
+        held_out = dataset(studies.validation, as_is)
+        measure = PairMeasure(
+            held_out, collate(studies.validation, as_is), recipe.training.batch_size
+        )
+        validation = Validation(held_out, measure)
     metrics = fit(
-        model, recipe, dataset, PairCollator(model.processor, recipe.data, store.quantisation)
+        model,
+        recipe,
+        dataset(studies.train, recipe.data),
+        collate(studies.train, recipe.data),
+        validation,
     )
-    output = Path(recipe.output)
-    model.save_pretrained(output)
-    model.processor.save_pretrained(output)
-    save_summary(recipe, metrics, studies=len(store))
+    save_result(model, recipe, metrics, studies=len(studies.train))
     return model.eval()
 
 
@@ -95,25 +112,64 @@ def pool_store(
     return np.concatenate(parts)
 
 
-def open_store(
+@dataclass(frozen=True)
+class Studies:
+    """What a run learns from, and, where its recipe says so, what it is watched with."""
+
+    train: Store
+    validation: Store | None
+
+
+def open_studies(
     recipe: Recipe, preparation: Preparation, *, progress: Progress | None = None
-) -> Store:
-    """The recipe's prepared studies; phantoms are generated where they are not there yet."""
-    data = recipe.data
+) -> Studies:
+    """The recipe's prepared studies; phantoms are generated where they are not there yet.
+
+    Raises:
+        RecipeError: if there are fewer studies than the recipe needs.
+    """
+    data, wanted = recipe.data, recipe.data.validation
+    validation = None
     if data.phantoms:
-        store = prepare_phantoms(
-            data.store,
-            data.phantoms,
-            split=data.split,
-            seed=data.seed,
-            preparation=preparation,
-            workers=data.workers,
-            progress=progress,
-        )
+
+        def phantoms(folder: str, count: int, split: str) -> Store:
+            return prepare_phantoms(
+                folder,
+                count,
+                split=split,
+                seed=data.seed,
+                preparation=preparation,
+                workers=data.workers,
+                progress=progress,
+            )
+
+        if wanted.studies and wanted.split == data.split:
+            raise RecipeError(
+                f"data.validation.split is {wanted.split!r}, which the run trains on: choose "
+                "another split."
+            )
+        train = phantoms(data.store, data.phantoms, data.split)
+        if wanted.studies:
+            validation = phantoms(f"{data.store}-validation", wanted.studies, wanted.split)
     else:
-        store = Store(data.store, skip=data.skip)
-        store.check_preparation(preparation)
-    return store
+        train = Store(data.store, skip=data.skip)
+        train.check_preparation(preparation)
+        if wanted.studies:
+            held_out = [train.ids[i] for i in train.in_split(wanted.split)[: wanted.studies]]
+            if len(held_out) < wanted.studies:
+                raise RecipeError(
+                    f"data.validation.studies is {wanted.studies}, but {data.store} has "
+                    f"{len(held_out)} of split {wanted.split!r}: ask for fewer."
+                )
+            others = set(train.ids) - set(held_out)
+            validation = Store(data.store, skip=[*data.skip, *others])
+            train = Store(data.store, skip=[*data.skip, *held_out])
+    if len(train) < recipe.training.batch_size:
+        raise RecipeError(
+            f"training.batch_size is {recipe.training.batch_size}, but there are only "
+            f"{len(train)} studies to train on: lower it."
+        )
+    return Studies(train, validation)
 
 
 def all_texts(store: Store) -> list[str]:
@@ -168,7 +224,8 @@ class PairDataset(Dataset):
         random = np.random.default_rng((self.seed, number))
         study = self.store.study(index)
         caption = study["caption"] and random.random() < self.caption_share
-        item: dict[str, Any] = {"text": study["caption"] if caption else study["report"]}
+        text = study["caption"] if caption else study["report"]
+        item: dict[str, Any] = {"id": study["id"], "text": text}
         if self.pooled is not None:
             return {**item, "pooled": self.pooled[index]}
         item |= {"volume": self.store.stored(index), "draw": int(random.integers(2**62))}
@@ -209,3 +266,36 @@ class PairCollator:
         if strength:
             scale, shift = torch.rand(2, generator=random).mul_(2).sub_(1).tolist()
             volume.mul_(1 + strength * scale).add_(strength * shift)
+
+
+class PairMeasure:
+    """The mean loss of batches in order, and recall at 1 with all studies as the pool.
+
+    Args:
+        batch_size: that of training, for the contrastive loss grows with the batch.
+    """
+
+    def __init__(self, dataset: PairDataset, collate: PairCollator, batch_size: int):
+        self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
+
+    def __call__(self, model: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
+        losses, images, texts = [], [], []
+        for batch, size in batches(self.dataset, self.collate, self.batch_size, model.device):
+            out = model(**batch)
+            losses.append(float(out.loss) * size)
+            images.append(out.image_embeds.float().cpu().numpy())
+            texts.append(out.text_embeds.float().cpu().numpy())
+        similarity = np.concatenate(images) @ np.concatenate(texts).T
+        groups = self.dataset.store.table["report"].to_pylist()
+        hits = places_of_matches(similarity, groups=groups).hit_at(1)
+        loss = sum(losses) / len(self.dataset)
+        return {"loss": loss, "r_at_1": float(hits.mean())}, []
+
+
+def batches(
+    dataset: Any, collate: Any, size: int, device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """All items in order, each batch on the device and with its number of items."""
+    for first in range(0, len(dataset), size):
+        items = [dataset[i] for i in range(first, min(first + size, len(dataset)))]
+        yield {name: tensor.to(device) for name, tensor in collate(items).items()}, len(items)

@@ -7,7 +7,6 @@ streams are computed once per study and kept in memory, which makes these stages
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,10 @@ from med3dvlm.models import (
     VolumeFeatureExtractor,
     VolumeTextDualEncoder,
 )
-from med3dvlm.models.processor import IMAGE_TOKEN
-from med3dvlm.train.contrastive import open_store
-from med3dvlm.train.engine import fit, freeze_all_but, save_summary
-from med3dvlm.train.recipe import Recipe, RecipeError
+from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
+from med3dvlm.train.contrastive import batches, open_studies
+from med3dvlm.train.engine import Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe
 
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
@@ -43,26 +42,31 @@ def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3D
         raise RecipeError("train is empty: name the parts that learn, for example projector.")
     freeze_all_but(model, recipe.train)
     learner = _with_lora(model, recipe)
-    store = open_store(recipe, model.preparation, progress=progress)
-    features = None
-    if "vision_encoder" not in recipe.train:
-        features = encode_store(model, store, progress=progress)
-    dataset = TaskDataset(
-        store,
-        recipe.data.tasks,
-        model.config.report_prompt,
-        features,
-        vary_prompts=recipe.data.vary_prompts,
-        seed=recipe.training.seed,
-    )
-    collate = TaskCollator(model.processor, store.quantisation)
-    metrics = fit(learner, recipe, dataset, collate)
+    studies = open_studies(recipe, model.preparation, progress=progress)
+
+    def dataset(store: Store) -> TaskDataset:
+        features = None
+        if "vision_encoder" not in recipe.train:
+            features = encode_store(model, store, progress=progress)
+        return TaskDataset(
+            store,
+            recipe.data.tasks,
+            model.config.report_prompt,
+            features,
+            vary_prompts=recipe.data.vary_prompts,
+            seed=recipe.training.seed,
+        )
+
+    collate = TaskCollator(model.processor, studies.train.quantisation)
+    validation = None
+    if studies.validation is not None:
+        held_out = dataset(studies.validation)
+        measure = TaskMeasure(model, held_out, collate, recipe.training)
+        validation = Validation(held_out, measure)
+    metrics = fit(learner, recipe, dataset(studies.train), collate, validation)
     if recipe.lora:
         model = learner.merge_and_unload()
-    output = Path(recipe.output)
-    model.save_pretrained(output)
-    model.processor.save_pretrained(output)
-    save_summary(recipe, metrics, studies=len(store))
+    save_result(model, recipe, metrics, studies=len(studies.train))
     return model.eval()
 
 
@@ -211,7 +215,11 @@ class TaskDataset(Dataset):
         weights = np.array([self.tasks[name] for name in names])
         task = names[random.choice(len(names), p=weights / weights.sum())]
         instruction, answer = examples[task][random.integers(len(examples[task]))]
-        item: dict[str, Any] = {"instruction": instruction, "answer": answer}
+        item: dict[str, Any] = {
+            "id": self.store.ids[index],
+            "instruction": instruction,
+            "answer": answer,
+        }
         if self.features is None:
             item["volume"] = self.store.stored(index)
         else:
@@ -239,3 +247,40 @@ class TaskCollator:
                 stacked = np.stack([item[stream] for item in items])
                 out[stream] = torch.from_numpy(stacked).float()
         return out
+
+
+class TaskMeasure:
+    """The mean loss over the tokens of the answers, and what the model writes about a few."""
+
+    def __init__(
+        self, model: Med3DVLM, dataset: TaskDataset, collate: TaskCollator, settings: TrainingRecipe
+    ):
+        self.model, self.dataset, self.collate, self.settings = model, dataset, collate, settings
+
+    def __call__(self, learner: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """`learner` is the model, or the model within its adapters."""
+        total = tokens = 0.0
+        size, device = self.settings.batch_size, self.model.device
+        for batch, _ in batches(self.dataset, self.collate, size, device):
+            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(learner(**batch).loss) * counted
+            tokens += counted
+        return {"loss": total / max(tokens, 1)}, self._samples()
+
+    def _samples(self) -> list[dict[str, str]]:
+        count = min(self.settings.samples, len(self.dataset))
+        if not count:
+            return []
+        items = [self.dataset[i] for i in range(count)]
+        batch = {k: v.to(self.model.device) for k, v in self.collate(items).items()}
+        if "volumes" in batch:
+            visual = self.model.get_visual_tokens(batch["volumes"])
+        else:
+            visual = self.model.projector(batch["low"], batch["high"])
+        written = self.model.ask(visual, [item["instruction"] for item in items])
+        written = [written] if isinstance(written, str) else written
+        names = ("id", "instruction", "answer")
+        return [
+            {**{name: item[name] for name in names}, "written": str(text)}
+            for item, text in zip(items, written, strict=True)
+        ]
