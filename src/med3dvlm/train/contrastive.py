@@ -7,6 +7,7 @@ is fitted to them in minutes (locked-image tuning, arXiv 2111.07991).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,13 +29,23 @@ from med3dvlm.models import (
     VolumeTextDualEncoder,
 )
 from med3dvlm.scan import Preparation
-from med3dvlm.train.engine import Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
 from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError
 from med3dvlm.train.tokenizer import train_tokenizer
+
+MAX_TEXT_TOKENS = 512
 
 
 def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> VolumeTextDualEncoder:
     """Follow a contrastive recipe; the model is also saved in `recipe.output`."""
+    job = contrastive_job(recipe, progress=progress)
+    metrics = fit(job, recipe)
+    save_result(job.model, recipe, metrics, studies=len(job.dataset))
+    return job.model.eval()
+
+
+def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
+    """The model and the studies of a contrastive recipe."""
     torch.manual_seed(recipe.training.seed)
     if recipe.start is None:
         preparation = Preparation.from_dict(recipe.preparation)
@@ -52,30 +63,27 @@ def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> Vo
     def collate(store: Store, data: DataRecipe) -> PairCollator:
         return PairCollator(model.processor, data, store.quantisation)
 
+    began = time.monotonic()
+    train = dataset(studies.train, recipe.data)
+    encoding_s = time.monotonic() - began
     validation = None
     if studies.validation is not None:
         as_is = replace(recipe.data, intensity=0.0, shift_voxels=0, caption_share=0.0)
         held_out = dataset(studies.validation, as_is)
-        measure = PairMeasure(
-            held_out, collate(studies.validation, as_is), recipe.training.batch_size
-        )
+        batch = collate(studies.validation, as_is)
+        measure = PairMeasure(held_out, batch, recipe.training.batch_size)
         validation = Validation(held_out, measure)
-    metrics = fit(
-        model,
-        recipe,
-        dataset(studies.train, recipe.data),
-        collate(studies.train, recipe.data),
-        validation,
-    )
-    save_result(model, recipe, metrics, studies=len(studies.train))
-    return model.eval()
+    return Job(model, model, train, collate(studies.train, recipe.data), validation, encoding_s)
 
 
 def _from_nothing(recipe: Recipe, store: Store) -> VolumeTextDualEncoder:
     tokenizer = train_tokenizer(all_texts(store), size=recipe.tokenizer_size)
     model = VolumeTextDualEncoder(_config(recipe, store, tokenizer))
+    positions = getattr(model.config.text_config, "max_position_embeddings", MAX_TEXT_TOKENS)
     model.processor = Med3DVLMProcessor(
-        VolumeFeatureExtractor(store.preparation), tokenizer, max_text_tokens=512
+        VolumeFeatureExtractor(store.preparation),
+        tokenizer,
+        max_text_tokens=min(MAX_TEXT_TOKENS, positions),
     )
     return model
 

@@ -47,14 +47,26 @@ class Validation:
     measure: Callable[[nn.Module], tuple[dict[str, float], list[dict[str, str]]]]
 
 
-def fit(
-    model: nn.Module,
-    recipe: Recipe,
-    dataset: Dataset,
-    collate: Any,
-    validation: Validation | None = None,
-) -> dict[str, float]:
-    """Train `model` in place; goes on from the last checkpoint in the output folder, if any.
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, ready to begin.
+
+    Attributes:
+        model: what the run makes.
+        learner: what is trained: the model, or the model within its adapters.
+        encoding_s: seconds spent on what a frozen encoder makes of the studies.
+    """
+
+    model: Any
+    learner: nn.Module
+    dataset: Any
+    collate: Any
+    validation: Validation | None = None
+    encoding_s: float = 0.0
+
+
+def fit(job: Job, recipe: Recipe) -> dict[str, float]:
+    """Train in place; goes on from the last checkpoint in the output folder, if any.
 
     What a run that was killed goes on with (weights, optimizer, schedule, order of the studies,
     random numbers, the mean of the weights) is what it had, so on one machine it ends in the same
@@ -70,16 +82,16 @@ def fit(
     checkpoints = output / "checkpoints"
     last = last_checkpoint(checkpoints)
     trainer = _Trainer(
-        model,
+        job.learner,
         training_arguments(recipe),
-        train_dataset=dataset,
-        eval_dataset=validation.dataset if validation else None,
-        data_collator=_WithIds(collate),
+        train_dataset=job.dataset,
+        eval_dataset=job.validation.dataset if job.validation else None,
+        data_collator=_WithIds(job.collate),
         callbacks=[_TimeLimit(recipe.training.max_minutes)],
     )
-    trainer.validation = validation
+    trainer.validation = job.validation
     if recipe.training.ema is not None:
-        trainer.average = WeightAverage(model, recipe.training.ema)
+        trainer.average = WeightAverage(job.learner, recipe.training.ema)
         trainer.add_callback(_Averaging(trainer.average))
         if last is not None:
             trainer.average.load(last)

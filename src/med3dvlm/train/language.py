@@ -7,6 +7,7 @@ streams are computed once per study and kept in memory, which makes these stages
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,21 @@ from med3dvlm.models import (
 )
 from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
 from med3dvlm.train.contrastive import batches, open_studies
-from med3dvlm.train.engine import Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
 from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe
 
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
     """Follow an alignment or instruction recipe; the model is also saved in `recipe.output`."""
+    job = language_job(recipe, progress=progress)
+    metrics = fit(job, recipe)
+    model = job.learner.merge_and_unload() if recipe.lora else job.model
+    save_result(model, recipe, metrics, studies=len(job.dataset))
+    return model.eval()
+
+
+def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
+    """The model and the studies of an alignment or instruction recipe."""
     if recipe.start is None:
         raise RecipeError("start is missing: name the checkpoint to start from.")
     torch.manual_seed(recipe.training.seed)
@@ -57,17 +67,16 @@ def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3D
             seed=recipe.training.seed,
         )
 
+    began = time.monotonic()
+    train = dataset(studies.train)
+    encoding_s = time.monotonic() - began
     collate = TaskCollator(model.processor, studies.train.quantisation)
     validation = None
     if studies.validation is not None:
         held_out = dataset(studies.validation)
         measure = TaskMeasure(model, held_out, collate, recipe.training)
         validation = Validation(held_out, measure)
-    metrics = fit(learner, recipe, dataset(studies.train), collate, validation)
-    if recipe.lora:
-        model = learner.merge_and_unload()
-    save_result(model, recipe, metrics, studies=len(studies.train))
-    return model.eval()
+    return Job(model, learner, train, collate, validation, encoding_s)
 
 
 def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
