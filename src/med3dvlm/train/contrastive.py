@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import AutoModel, AutoTokenizer
 
 from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.sources import Progress
@@ -28,9 +29,10 @@ from med3dvlm.models import (
     VolumeFeatureExtractor,
     VolumeTextDualEncoder,
 )
+from med3dvlm.models.checkpoint import as_config
 from med3dvlm.scan import Preparation
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
-from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError
+from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError, check_keys
 from med3dvlm.train.tokenizer import train_tokenizer
 
 MAX_TEXT_TOKENS = 512
@@ -65,7 +67,7 @@ def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
 
     began = time.monotonic()
     train = dataset(studies.train, recipe.data)
-    encoding_s = time.monotonic() - began
+    encoding_s = time.monotonic() - began if frozen else 0.0
     validation = None
     if studies.validation is not None:
         as_is = replace(recipe.data, intensity=0.0, shift_voxels=0, caption_share=0.0)
@@ -77,8 +79,29 @@ def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
 
 
 def _from_nothing(recipe: Recipe, store: Store) -> VolumeTextDualEncoder:
-    tokenizer = train_tokenizer(all_texts(store), size=recipe.tokenizer_size)
-    model = VolumeTextDualEncoder(_config(recipe, store, tokenizer))
+    """A new model; its text encoder is `model.text_encoder`'s where the recipe names one."""
+    settings = dict(recipe.model)
+    pretrained = settings.pop("text_encoder", None)
+    if pretrained:
+        tokenizer, text_encoder = _load_text_encoder(pretrained)
+        text_config = text_encoder.config
+        if "text_config" in settings:
+            raise RecipeError("model.text_config: model.text_encoder has one already; drop one.")
+    else:
+        tokenizer, text_encoder = (
+            train_tokenizer(all_texts(store), size=recipe.tokenizer_size),
+            None,
+        )
+        text_config = {
+            **part_settings(settings.pop("text_config", {}), default="distilbert"),
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    model = VolumeTextDualEncoder(_config(settings, store, text_config))
+    if text_encoder is not None:
+        model.text_encoder.load_state_dict(text_encoder.state_dict())
+    if recipe.train:
+        freeze_all_but(model, recipe.train)
     positions = getattr(model.config.text_config, "max_position_embeddings", MAX_TEXT_TOKENS)
     model.processor = Med3DVLMProcessor(
         VolumeFeatureExtractor(store.preparation),
@@ -86,6 +109,18 @@ def _from_nothing(recipe: Recipe, store: Store) -> VolumeTextDualEncoder:
         max_text_tokens=min(MAX_TEXT_TOKENS, positions),
     )
     return model
+
+
+def _load_text_encoder(name: str) -> tuple[Any, Any]:
+    """Tokenizer and encoder of a folder, or of a name on the hub."""
+    try:
+        return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0][:160]
+        raise RecipeError(
+            f"model.text_encoder: {name} cannot be loaded ({reason}): give the folder of a text "
+            "encoder with its tokenizer, or its name on the hub."
+        ) from error
 
 
 def _from_checkpoint(recipe: Recipe) -> VolumeTextDualEncoder:
@@ -189,21 +224,28 @@ def all_texts(store: Store) -> list[str]:
     return [text for text in texts if text]
 
 
-def _config(recipe: Recipe, store: Store, tokenizer: Any) -> DualEncoderConfig:
-    settings = dict(recipe.model)
-    vision = {"model_type": "med3dvlm_dcformer", **settings.pop("vision_config", {})}
-    text = {"model_type": "distilbert", **settings.pop("text_config", {})}
-    concepts = store.labels if settings.get("concept_loss_weight", 0) else []
+def _config(settings: dict[str, Any], store: Store, text_config: Any) -> DualEncoderConfig:
+    settings = dict(settings)
+    vision = part_settings(
+        settings.pop("vision_config", {}), default="med3dvlm_dcformer", section="vision_config"
+    )
+    check_keys(settings, DualEncoderConfig().to_dict(), section="model")
     return DualEncoderConfig(
         vision_config={**vision, "volume_size": list(store.preparation.size)},
-        text_config={
-            **text,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        concepts=concepts,
+        text_config=text_config,
+        concepts=store.labels if settings.get("concept_loss_weight", 0) else [],
         **settings,
     )
+
+
+def part_settings(
+    settings: dict[str, Any], *, default: str, section: str = "text_config"
+) -> dict[str, Any]:
+    """Settings of a part of the model, with its model_type and none that it does not have."""
+    settings = {"model_type": default, **settings}
+    known = as_config({"model_type": settings["model_type"]}, default=default).to_dict()
+    check_keys(settings, known, section=f"model.{section}")
+    return settings
 
 
 class PairDataset(Dataset):
@@ -290,7 +332,7 @@ class PairMeasure:
         losses, images, texts = [], [], []
         for batch, size in batches(self.dataset, self.collate, self.batch_size, model.device):
             out = model(**batch)
-            losses.append(float(out.loss) * size)
+            losses.append(out.loss.item() * size)
             images.append(out.image_embeds.float().cpu().numpy())
             texts.append(out.text_embeds.float().cpu().numpy())
         similarity = np.concatenate(images) @ np.concatenate(texts).T

@@ -27,9 +27,9 @@ from med3dvlm.models import (
     VolumeTextDualEncoder,
 )
 from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
-from med3dvlm.train.contrastive import batches, open_studies
+from med3dvlm.train.contrastive import batches, open_studies, part_settings
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
-from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe
+from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_keys
 
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
@@ -53,11 +53,10 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     freeze_all_but(model, recipe.train)
     learner = _with_lora(model, recipe)
     studies = open_studies(recipe, model.preparation, progress=progress)
+    frozen = "vision_encoder" not in recipe.train
 
     def dataset(store: Store) -> TaskDataset:
-        features = None
-        if "vision_encoder" not in recipe.train:
-            features = encode_store(model, store, progress=progress)
+        features = encode_store(model, store, progress=progress) if frozen else None
         return TaskDataset(
             store,
             recipe.data.tasks,
@@ -69,7 +68,7 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
 
     began = time.monotonic()
     train = dataset(studies.train)
-    encoding_s = time.monotonic() - began
+    encoding_s = time.monotonic() - began if frozen else 0.0
     collate = TaskCollator(model.processor, studies.train.quantisation)
     validation = None
     if studies.validation is not None:
@@ -95,13 +94,14 @@ def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
         text = AutoConfig.from_pretrained(pretrained).to_dict()
     else:
-        text = {"model_type": "qwen2", **settings.pop("text_config", {})}
+        text = part_settings(settings.pop("text_config", {}), default="qwen2")
         text |= {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
+    check_keys(settings, Med3DVLMConfig().to_dict(), section="model")
     config = Med3DVLMConfig(
         vision_config=dual.config.vision_config,
         text_config=text,
@@ -272,7 +272,7 @@ class TaskMeasure:
         size, device = self.settings.batch_size, self.model.device
         for batch, _ in batches(self.dataset, self.collate, size, device):
             counted = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(learner(**batch).loss) * counted
+            total += learner(**batch).loss.item() * counted
             tokens += counted
         return {"loss": total / max(tokens, 1)}, self._samples()
 

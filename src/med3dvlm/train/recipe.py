@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 STAGES = ("contrastive", "alignment", "instruction")
 PRECISIONS = ("fp32", "bf16")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 TASKS = ("report", "caption", "closed", "open", "yes_no")
 METRICS = {"contrastive": ("loss", "r_at_1"), "alignment": ("loss",), "instruction": ("loss",)}
@@ -167,6 +168,18 @@ def unknown_key(key: str, known: Iterable[str], *, section: str) -> str:
     return f"key {key!r} is unknown in {place}: {hint}"
 
 
+def check_keys(settings: dict[str, Any], known: Iterable[str], *, section: str) -> None:
+    """Refuse keys of a free section that what it sets does not have.
+
+    Raises:
+        RecipeError: naming the first, and the nearest that is known.
+    """
+    names = set(known)
+    for key in settings:
+        if key not in names:
+            raise RecipeError(unknown_key(key, names, section=section))
+
+
 def check_settings(recipe: Recipe) -> None:
     """Refuse what no model and no data could make possible.
 
@@ -177,6 +190,7 @@ def check_settings(recipe: Recipe) -> None:
     one_of = [
         ("stage", recipe.stage, STAGES),
         ("training.precision", training.precision, PRECISIONS),
+        ("training.schedule", training.schedule, SCHEDULES),
         *(("training.loggers", name, LOGGERS) for name in training.loggers),
         *(("data.tasks", name, TASKS) for name in data.tasks),
         ("training.best_metric", training.best_metric, METRICS.get(recipe.stage, ())),
