@@ -300,7 +300,8 @@ class Store:
             raise StoreError(
                 f"{self.location} holds no study {unknown[0]!r}, which is to be skipped."
             )
-        kept = [study_id not in skip for study_id in self.table["id"].to_pylist()]
+        left_out = set(skip)
+        kept = [study_id not in left_out for study_id in self.table["id"].to_pylist()]
         return self.table.filter(pa.array(kept))
 
 

@@ -7,6 +7,10 @@ N tokens. Everything here keeps the axes as (B, C, D, H, W), the order of a prep
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -225,8 +229,29 @@ class Block(nn.Module):
         return x + (self.layer_scale * y).movedim(-1, 1)
 
 
+@contextmanager
+def _statistics_untouched(module: nn.Module) -> Iterator[None]:
+    """Let the batch norms within compute as they do, but not count the batch once more."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({k: v.clone() for k, v in norm._buffers.items() if v is not None})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
+
+
 class Stage(nn.Module):
-    """Stages 1-4: halve the grid, change the width, then blocks."""
+    """Stages 1-4: halve the grid, change the width, then blocks.
+
+    With gradient checkpointing (transformers sets the flag) a block's inner values are computed
+    again in the backward pass instead of being kept.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -247,7 +272,13 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in self.blocks:
-            x = block(x)
+            if self.gradient_checkpointing and self.training:
+                again = partial(_statistics_untouched, block)
+                x = self._gradient_checkpointing_func(
+                    block, x, context_fn=lambda again=again: (nullcontext(), again())
+                )
+            else:
+                x = block(x)
         return x
 
 
@@ -257,6 +288,7 @@ class DCFormer(PreTrainedModel):
     config_class = DCFormerConfig
     main_input_name = "volumes"
     _no_split_modules = ["Block"]
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: DCFormerConfig):
         super().__init__(config)

@@ -79,6 +79,7 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
     config_class = DualEncoderConfig
     main_input_name = "volumes"
     _no_split_modules = ["Block"]
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: DualEncoderConfig):
         super().__init__(config)

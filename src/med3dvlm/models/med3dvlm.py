@@ -119,6 +119,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     config_class = Med3DVLMConfig
     main_input_name = "input_ids"
     _no_split_modules = ["Block", "Qwen2DecoderLayer", "LlamaDecoderLayer"]
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_cache_class = True

@@ -5,11 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from med3dvlm.data.sources import Progress
-from med3dvlm.train.recipe import Recipe, RecipeError, load_recipe
+from med3dvlm.train.recipe import Recipe, RecipeError, check_needs, load_recipe
 
 
 def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:
-    """Follow a recipe, whichever stage it is of; returns the trained model."""
+    """Follow a recipe, whichever stage it is of; returns the trained model.
+
+    Raises:
+        RecipeError: for a recipe that cannot be followed.
+        TrainingError: for a run that cannot go on.
+    """
+    check_needs(recipe)
     if recipe.stage == "contrastive":
         from med3dvlm.train.contrastive import train_contrastive
 

@@ -7,17 +7,21 @@ is fitted to them in minutes (locked-image tuning, arXiv 2111.07991).
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import AutoModel, AutoTokenizer
 
 from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Quantisation, Store
+from med3dvlm.evaluate.retrieval import places_of_matches
 from med3dvlm.hub import load
 from med3dvlm.models import (
     DualEncoderConfig,
@@ -25,42 +29,98 @@ from med3dvlm.models import (
     VolumeFeatureExtractor,
     VolumeTextDualEncoder,
 )
+from med3dvlm.models.checkpoint import as_config
 from med3dvlm.scan import Preparation
-from med3dvlm.train.engine import fit, freeze_all_but, save_summary
-from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError
+from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError, check_keys
 from med3dvlm.train.tokenizer import train_tokenizer
+
+MAX_TEXT_TOKENS = 512
 
 
 def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> VolumeTextDualEncoder:
     """Follow a contrastive recipe; the model is also saved in `recipe.output`."""
+    job = contrastive_job(recipe, progress=progress)
+    metrics = fit(job, recipe)
+    save_result(job.model, recipe, metrics, studies=len(job.dataset))
+    return job.model.eval()
+
+
+def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
+    """The model and the studies of a contrastive recipe."""
     torch.manual_seed(recipe.training.seed)
     if recipe.start is None:
-        store = open_store(recipe, Preparation.from_dict(recipe.preparation), progress=progress)
-        model = _from_nothing(recipe, store)
+        preparation = Preparation.from_dict(recipe.preparation)
+        studies = open_studies(recipe, preparation, progress=progress)
+        model = _from_nothing(recipe, studies.train)
     else:
         model = _from_checkpoint(recipe)
-        store = open_store(recipe, model.preparation, progress=progress)
-    pooled = None
-    if recipe.train and "vision_encoder" not in recipe.train:
-        pooled = pool_store(model, store, progress=progress)
-    dataset = PairDataset(store, recipe.data, pooled, seed=recipe.training.seed)
-    metrics = fit(
-        model, recipe, dataset, PairCollator(model.processor, recipe.data, store.quantisation)
-    )
-    output = Path(recipe.output)
-    model.save_pretrained(output)
-    model.processor.save_pretrained(output)
-    save_summary(recipe, metrics, studies=len(store))
-    return model.eval()
+        studies = open_studies(recipe, model.preparation, progress=progress)
+    frozen = bool(recipe.train) and "vision_encoder" not in recipe.train
+
+    def dataset(store: Store, data: DataRecipe) -> PairDataset:
+        pooled = pool_store(model, store, progress=progress) if frozen else None
+        return PairDataset(store, data, pooled, seed=recipe.training.seed)
+
+    def collate(store: Store, data: DataRecipe) -> PairCollator:
+        return PairCollator(model.processor, data, store.quantisation)
+
+    began = time.monotonic()
+    train = dataset(studies.train, recipe.data)
+    encoding_s = time.monotonic() - began if frozen else 0.0
+    validation = None
+    if studies.validation is not None:
+        as_is = replace(recipe.data, intensity=0.0, shift_voxels=0, caption_share=0.0)
+        held_out = dataset(studies.validation, as_is)
+        batch = collate(studies.validation, as_is)
+        measure = PairMeasure(held_out, batch, recipe.training.batch_size)
+        validation = Validation(held_out, measure)
+    return Job(model, model, train, collate(studies.train, recipe.data), validation, encoding_s)
 
 
 def _from_nothing(recipe: Recipe, store: Store) -> VolumeTextDualEncoder:
-    tokenizer = train_tokenizer(all_texts(store), size=recipe.tokenizer_size)
-    model = VolumeTextDualEncoder(_config(recipe, store, tokenizer))
+    """A new model; its text encoder is `model.text_encoder`'s where the recipe names one."""
+    settings = dict(recipe.model)
+    pretrained = settings.pop("text_encoder", None)
+    if pretrained:
+        tokenizer, text_encoder = _load_text_encoder(pretrained)
+        text_config = text_encoder.config
+        if "text_config" in settings:
+            raise RecipeError("model.text_config: model.text_encoder has one already; drop one.")
+    else:
+        tokenizer, text_encoder = (
+            train_tokenizer(all_texts(store), size=recipe.tokenizer_size),
+            None,
+        )
+        text_config = {
+            **part_settings(settings.pop("text_config", {}), default="distilbert"),
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    model = VolumeTextDualEncoder(_config(settings, store, text_config))
+    if text_encoder is not None:
+        model.text_encoder.load_state_dict(text_encoder.state_dict())
+    if recipe.train:
+        freeze_all_but(model, recipe.train)
+    positions = getattr(model.config.text_config, "max_position_embeddings", MAX_TEXT_TOKENS)
     model.processor = Med3DVLMProcessor(
-        VolumeFeatureExtractor(store.preparation), tokenizer, max_text_tokens=512
+        VolumeFeatureExtractor(store.preparation),
+        tokenizer,
+        max_text_tokens=min(MAX_TEXT_TOKENS, positions),
     )
     return model
+
+
+def _load_text_encoder(name: str) -> tuple[Any, Any]:
+    """Tokenizer and encoder of a folder, or of a name on the hub."""
+    try:
+        return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n", 1)[0][:160]
+        raise RecipeError(
+            f"model.text_encoder: {name} cannot be loaded ({reason}): give the folder of a text "
+            "encoder with its tokenizer, or its name on the hub."
+        ) from error
 
 
 def _from_checkpoint(recipe: Recipe) -> VolumeTextDualEncoder:
@@ -95,25 +155,64 @@ def pool_store(
     return np.concatenate(parts)
 
 
-def open_store(
+@dataclass(frozen=True)
+class Studies:
+    """What a run learns from, and, where its recipe says so, what it is watched with."""
+
+    train: Store
+    validation: Store | None
+
+
+def open_studies(
     recipe: Recipe, preparation: Preparation, *, progress: Progress | None = None
-) -> Store:
-    """The recipe's prepared studies; phantoms are generated where they are not there yet."""
-    data = recipe.data
+) -> Studies:
+    """The recipe's prepared studies; phantoms are generated where they are not there yet.
+
+    Raises:
+        RecipeError: if there are fewer studies than the recipe needs.
+    """
+    data, wanted = recipe.data, recipe.data.validation
+    validation = None
     if data.phantoms:
-        store = prepare_phantoms(
-            data.store,
-            data.phantoms,
-            split=data.split,
-            seed=data.seed,
-            preparation=preparation,
-            workers=data.workers,
-            progress=progress,
-        )
+
+        def phantoms(folder: str, count: int, split: str) -> Store:
+            return prepare_phantoms(
+                folder,
+                count,
+                split=split,
+                seed=data.seed,
+                preparation=preparation,
+                workers=data.workers,
+                progress=progress,
+            )
+
+        if wanted.studies and wanted.split == data.split:
+            raise RecipeError(
+                f"data.validation.split is {wanted.split!r}, which the run trains on: choose "
+                "another split."
+            )
+        train = phantoms(data.store, data.phantoms, data.split)
+        if wanted.studies:
+            validation = phantoms(f"{data.store}-validation", wanted.studies, wanted.split)
     else:
-        store = Store(data.store, skip=data.skip)
-        store.check_preparation(preparation)
-    return store
+        train = Store(data.store, skip=data.skip)
+        train.check_preparation(preparation)
+        if wanted.studies:
+            held_out = [train.ids[i] for i in train.in_split(wanted.split)[: wanted.studies]]
+            if len(held_out) < wanted.studies:
+                raise RecipeError(
+                    f"data.validation.studies is {wanted.studies}, but {data.store} has "
+                    f"{len(held_out)} of split {wanted.split!r}: ask for fewer."
+                )
+            others = set(train.ids) - set(held_out)
+            validation = Store(data.store, skip=[*data.skip, *others])
+            train = Store(data.store, skip=[*data.skip, *held_out])
+    if len(train) < recipe.training.batch_size:
+        raise RecipeError(
+            f"training.batch_size is {recipe.training.batch_size}, but there are only "
+            f"{len(train)} studies to train on: lower it."
+        )
+    return Studies(train, validation)
 
 
 def all_texts(store: Store) -> list[str]:
@@ -125,21 +224,28 @@ def all_texts(store: Store) -> list[str]:
     return [text for text in texts if text]
 
 
-def _config(recipe: Recipe, store: Store, tokenizer: Any) -> DualEncoderConfig:
-    settings = dict(recipe.model)
-    vision = {"model_type": "med3dvlm_dcformer", **settings.pop("vision_config", {})}
-    text = {"model_type": "distilbert", **settings.pop("text_config", {})}
-    concepts = store.labels if settings.get("concept_loss_weight", 0) else []
+def _config(settings: dict[str, Any], store: Store, text_config: Any) -> DualEncoderConfig:
+    settings = dict(settings)
+    vision = part_settings(
+        settings.pop("vision_config", {}), default="med3dvlm_dcformer", section="vision_config"
+    )
+    check_keys(settings, DualEncoderConfig().to_dict(), section="model")
     return DualEncoderConfig(
         vision_config={**vision, "volume_size": list(store.preparation.size)},
-        text_config={
-            **text,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        concepts=concepts,
+        text_config=text_config,
+        concepts=store.labels if settings.get("concept_loss_weight", 0) else [],
         **settings,
     )
+
+
+def part_settings(
+    settings: dict[str, Any], *, default: str, section: str = "text_config"
+) -> dict[str, Any]:
+    """Settings of a part of the model, with its model_type and none that it does not have."""
+    settings = {"model_type": default, **settings}
+    known = as_config({"model_type": settings["model_type"]}, default=default).to_dict()
+    check_keys(settings, known, section=f"model.{section}")
+    return settings
 
 
 class PairDataset(Dataset):
@@ -168,7 +274,8 @@ class PairDataset(Dataset):
         random = np.random.default_rng((self.seed, number))
         study = self.store.study(index)
         caption = study["caption"] and random.random() < self.caption_share
-        item: dict[str, Any] = {"text": study["caption"] if caption else study["report"]}
+        text = study["caption"] if caption else study["report"]
+        item: dict[str, Any] = {"id": study["id"], "text": text}
         if self.pooled is not None:
             return {**item, "pooled": self.pooled[index]}
         item |= {"volume": self.store.stored(index), "draw": int(random.integers(2**62))}
@@ -209,3 +316,36 @@ class PairCollator:
         if strength:
             scale, shift = torch.rand(2, generator=random).mul_(2).sub_(1).tolist()
             volume.mul_(1 + strength * scale).add_(strength * shift)
+
+
+class PairMeasure:
+    """The mean loss of batches in order, and recall at 1 with all studies as the pool.
+
+    Args:
+        batch_size: that of training, for the contrastive loss grows with the batch.
+    """
+
+    def __init__(self, dataset: PairDataset, collate: PairCollator, batch_size: int):
+        self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
+
+    def __call__(self, model: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
+        losses, images, texts = [], [], []
+        for batch, size in batches(self.dataset, self.collate, self.batch_size, model.device):
+            out = model(**batch)
+            losses.append(out.loss.item() * size)
+            images.append(out.image_embeds.float().cpu().numpy())
+            texts.append(out.text_embeds.float().cpu().numpy())
+        similarity = np.concatenate(images) @ np.concatenate(texts).T
+        groups = self.dataset.store.table["report"].to_pylist()
+        hits = places_of_matches(similarity, groups=groups).hit_at(1)
+        loss = sum(losses) / len(self.dataset)
+        return {"loss": loss, "r_at_1": float(hits.mean())}, []
+
+
+def batches(
+    dataset: Any, collate: Any, size: int, device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], int]]:
+    """All items in order, each batch on the device and with its number of items."""
+    for first in range(0, len(dataset), size):
+        items = [dataset[i] for i in range(first, min(first + size, len(dataset)))]
+        yield {name: tensor.to(device) for name, tensor in collate(items).items()}, len(items)

@@ -3,51 +3,107 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from med3dvlm.files import write_json
+from med3dvlm.files import atomic_file, write_json
+from med3dvlm.train.average import WeightAverage
+from med3dvlm.train.checkpoints import (
+    UNFINISHED,
+    TrainingError,
+    guarded,
+    keep_only,
+    last_checkpoint,
+    publish,
+    result_folder,
+)
 from med3dvlm.train.recipe import Recipe, RecipeError
 
+SAMPLES = "samples.jsonl"
 
-def fit(
-    model: nn.Module,
-    recipe: Recipe,
-    dataset: Dataset,
-    collate: Any,
-) -> dict[str, float]:
-    """Train `model` in place; goes on from the last checkpoint in the output folder, if any.
+
+@dataclass(frozen=True)
+class Validation:
+    """How a stage looks at its model during a run.
+
+    Attributes:
+        dataset: the studies; none of them is trained on.
+        measure: the model, in evaluation mode, to figures by name ("loss" among them) and
+            samples of what it writes, each with the study's `id`.
+    """
+
+    dataset: Dataset
+    measure: Callable[[nn.Module], tuple[dict[str, float], list[dict[str, str]]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, ready to begin.
+
+    Attributes:
+        model: what the run makes.
+        learner: what is trained: the model, or the model within its adapters.
+        encoding_s: seconds spent on what a frozen encoder makes of the studies.
+    """
+
+    model: Any
+    learner: nn.Module
+    dataset: Any
+    collate: Any
+    validation: Validation | None = None
+    encoding_s: float = 0.0
+
+
+def fit(job: Job, recipe: Recipe) -> dict[str, float]:
+    """Train in place; goes on from the last checkpoint in the output folder, if any.
+
+    What a run that was killed goes on with (weights, optimizer, schedule, order of the studies,
+    random numbers, the mean of the weights) is what it had, so on one machine it ends in the same
+    weights, bit for bit. Only `max_minutes` is not repeatable: it cuts by the clock.
 
     Returns:
         What the Trainer measured: loss, seconds, samples per second.
+
+    Raises:
+        TrainingError: where the loss is no number any more, or a checkpoint cannot be saved.
     """
     output = Path(recipe.output)
+    checkpoints = output / "checkpoints"
+    last = last_checkpoint(checkpoints)
     trainer = _Trainer(
-        model,
+        job.learner,
         training_arguments(recipe),
-        train_dataset=dataset,
-        data_collator=collate,
+        train_dataset=job.dataset,
+        eval_dataset=job.validation.dataset if job.validation else None,
+        data_collator=_WithIds(job.collate),
         callbacks=[_TimeLimit(recipe.training.max_minutes)],
     )
-    last = get_last_checkpoint(str(output / "checkpoints")) if output.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=last)
+    trainer.validation = job.validation
+    if recipe.training.ema is not None:
+        trainer.average = WeightAverage(job.learner, recipe.training.ema)
+        trainer.add_callback(_Averaging(trainer.average))
+        if last is not None:
+            trainer.average.load(last)
+    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.average is not None:
+        trainer.average.copy_to_model()
     write_json(output / "history.json", trainer.state.log_history)
     return result.metrics
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     settings = recipe.training
-    if settings.precision not in ("fp32", "bf16"):
-        raise RecipeError(f"training.precision {settings.precision!r} is unknown: fp32 or bf16.")
     return TrainingArguments(
         output_dir=str(Path(recipe.output) / "checkpoints"),
         num_train_epochs=settings.epochs,
@@ -60,9 +116,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         lr_scheduler_type=settings.schedule,
         max_grad_norm=settings.clip_norm,
         bf16=settings.precision == "bf16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=settings.seed,
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        eval_strategy="steps" if settings.evaluate_steps else "no",
+        eval_steps=settings.evaluate_steps,
+        metric_for_best_model=settings.best_metric if settings.evaluate_steps else None,
+        greater_is_better=settings.best_metric != "loss",
         logging_steps=settings.log_steps,
         report_to=settings.loggers or "none",
         remove_unused_columns=False,
@@ -71,6 +132,16 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         label_names=["labels"],
     )
+
+
+class _WithIds:
+    """A stage's collator, with the items' study ids beside what it makes of them."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self.collate(items), "ids": [item["id"] for item in items]}
 
 
 class EpochSampler(Sampler[int]):
@@ -95,8 +166,125 @@ class EpochSampler(Sampler[int]):
 
 
 class _Trainer(Trainer):
+    """The Trainer with whole checkpoints or none, our order of studies and our validation."""
+
+    validation: Validation | None = None
+    average: WeightAverage | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.studies: list[str] = []  # of the step that is being computed
+        self.staging = False
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochSampler(len(train_dataset or self.train_dataset), seed=self.args.seed)
+
+    # --- a loss that is no number -------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        self.studies += inputs.pop("ids")
+        return super().training_step(model, inputs, *args)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self._check("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._check("gradient", norm)
+        self.studies = []
+        return norm
+
+    def _check(self, what: str, value: Any) -> None:
+        """Stop before a weight is spoiled, so that the last checkpoint is a good one."""
+        number = float(value.detach() if isinstance(value, Tensor) else value)
+        if math.isfinite(number):
+            return
+        raise TrainingError(
+            f"step {self.state.global_step + 1}: the {what} is {number} for studies "
+            f"{', '.join(self.studies)}; the last checkpoint is from before it: look at these "
+            "studies (data.skip leaves some out), or lower training.learning_rate."
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self.staging else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        unfinished = folder / UNFINISHED
+        name = f"checkpoint-{self.state.global_step}"
+        best = self.state.best_global_step
+        if best:
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        with guarded(unfinished, f"checkpoint {self.state.global_step}"):
+            self.staging = True
+            try:
+                super()._save_checkpoint(model, trial)
+                if self.average is not None and self.args.should_save:
+                    self.average.save(unfinished / name)
+            finally:
+                self.staging = False
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(unfinished / name, folder / name)
+        if self.args.should_save:
+            unfinished.rmdir()
+            keep_only(folder, {self.state.global_step, best or 0})
+        self.accelerator.wait_for_everyone()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best
+        return best
+
+    # --- validation ---------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure with the averaged weights, where there are any; leaves no trace in the run."""
+        assert self.validation is not None
+        model = self.model
+        model.eval()
+        averaged: AbstractContextManager = self.average or nullcontext()
+        with averaged, torch.random.fork_rng(), torch.no_grad():
+            figures, samples = self.validation.measure(model)
+        model.train()
+        metrics = {f"eval_{name}": value for name, value in figures.items()}
+        self.log(dict(metrics))
+        if samples and self.args.should_save:
+            self._keep_samples(samples)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _keep_samples(self, samples: list[dict[str, str]]) -> None:
+        """To samples.jsonl, which a resumed run does not fill twice, and to TensorBoard."""
+        step = self.state.global_step
+        path = Path(self.args.output_dir).parent / SAMPLES
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        rows = [row for row in map(json.loads, lines) if row["step"] < step]
+        rows += [{"step": step, **sample} for sample in samples]
+        with atomic_file(path) as temporary:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            temporary.write_text(text, "utf-8")
+        for callback in self.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                for sample in samples:
+                    fields = (f"**{name}:** {text}" for name, text in sample.items())
+                    writer.add_text(f"samples/{sample['id']}", "\n\n".join(fields), step)
+
+
+class _Averaging(TrainerCallback):
+    def __init__(self, average: WeightAverage):
+        self.average = average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average.update()
 
 
 class _TimeLimit(TrainerCallback):
@@ -152,10 +340,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def save_summary(recipe: Recipe, metrics: dict[str, float], **facts: Any) -> None:
-    """Write training.json beside the weights: the recipe, what was measured, the facts."""
+def save_result(model: Any, recipe: Recipe, metrics: dict[str, float], **facts: Any) -> None:
+    """Write the trained model and training.json: the recipe, what was measured, the facts."""
     from omegaconf import OmegaConf
 
     settings = OmegaConf.to_container(OmegaConf.structured(recipe))
-    summary = {"recipe": settings, "metrics": metrics, **facts}
-    write_json(Path(recipe.output) / "training.json", json.loads(json.dumps(summary)))
+    with result_folder(Path(recipe.output)) as folder:
+        model.save_pretrained(folder)
+        model.processor.save_pretrained(folder)
+        summary = {"recipe": settings, "metrics": metrics, **facts}
+        write_json(folder / "training.json", json.loads(json.dumps(summary)))

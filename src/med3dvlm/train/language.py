@@ -7,7 +7,7 @@ streams are computed once per study and kept in memory, which makes these stages
 
 from __future__ import annotations
 
-from pathlib import Path
+import time
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,23 @@ from med3dvlm.models import (
     VolumeFeatureExtractor,
     VolumeTextDualEncoder,
 )
-from med3dvlm.models.processor import IMAGE_TOKEN
-from med3dvlm.train.contrastive import open_store
-from med3dvlm.train.engine import fit, freeze_all_but, save_summary
-from med3dvlm.train.recipe import Recipe, RecipeError
+from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
+from med3dvlm.train.contrastive import batches, open_studies, part_settings
+from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_keys
 
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
     """Follow an alignment or instruction recipe; the model is also saved in `recipe.output`."""
+    job = language_job(recipe, progress=progress)
+    metrics = fit(job, recipe)
+    model = job.learner.merge_and_unload() if recipe.lora else job.model
+    save_result(model, recipe, metrics, studies=len(job.dataset))
+    return model.eval()
+
+
+def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
+    """The model and the studies of an alignment or instruction recipe."""
     if recipe.start is None:
         raise RecipeError("start is missing: name the checkpoint to start from.")
     torch.manual_seed(recipe.training.seed)
@@ -43,27 +52,30 @@ def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3D
         raise RecipeError("train is empty: name the parts that learn, for example projector.")
     freeze_all_but(model, recipe.train)
     learner = _with_lora(model, recipe)
-    store = open_store(recipe, model.preparation, progress=progress)
-    features = None
-    if "vision_encoder" not in recipe.train:
-        features = encode_store(model, store, progress=progress)
-    dataset = TaskDataset(
-        store,
-        recipe.data.tasks,
-        model.config.report_prompt,
-        features,
-        vary_prompts=recipe.data.vary_prompts,
-        seed=recipe.training.seed,
-    )
-    collate = TaskCollator(model.processor, store.quantisation)
-    metrics = fit(learner, recipe, dataset, collate)
-    if recipe.lora:
-        model = learner.merge_and_unload()
-    output = Path(recipe.output)
-    model.save_pretrained(output)
-    model.processor.save_pretrained(output)
-    save_summary(recipe, metrics, studies=len(store))
-    return model.eval()
+    studies = open_studies(recipe, model.preparation, progress=progress)
+    frozen = "vision_encoder" not in recipe.train
+
+    def dataset(store: Store) -> TaskDataset:
+        features = encode_store(model, store, progress=progress) if frozen else None
+        return TaskDataset(
+            store,
+            recipe.data.tasks,
+            model.config.report_prompt,
+            features,
+            vary_prompts=recipe.data.vary_prompts,
+            seed=recipe.training.seed,
+        )
+
+    began = time.monotonic()
+    train = dataset(studies.train)
+    encoding_s = time.monotonic() - began if frozen else 0.0
+    collate = TaskCollator(model.processor, studies.train.quantisation)
+    validation = None
+    if studies.validation is not None:
+        held_out = dataset(studies.validation)
+        measure = TaskMeasure(model, held_out, collate, recipe.training)
+        validation = Validation(held_out, measure)
+    return Job(model, learner, train, collate, validation, encoding_s)
 
 
 def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
@@ -82,13 +94,14 @@ def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
         text = AutoConfig.from_pretrained(pretrained).to_dict()
     else:
-        text = {"model_type": "qwen2", **settings.pop("text_config", {})}
+        text = part_settings(settings.pop("text_config", {}), default="qwen2")
         text |= {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
+    check_keys(settings, Med3DVLMConfig().to_dict(), section="model")
     config = Med3DVLMConfig(
         vision_config=dual.config.vision_config,
         text_config=text,
@@ -211,7 +224,11 @@ class TaskDataset(Dataset):
         weights = np.array([self.tasks[name] for name in names])
         task = names[random.choice(len(names), p=weights / weights.sum())]
         instruction, answer = examples[task][random.integers(len(examples[task]))]
-        item: dict[str, Any] = {"instruction": instruction, "answer": answer}
+        item: dict[str, Any] = {
+            "id": self.store.ids[index],
+            "instruction": instruction,
+            "answer": answer,
+        }
         if self.features is None:
             item["volume"] = self.store.stored(index)
         else:
@@ -239,3 +256,40 @@ class TaskCollator:
                 stacked = np.stack([item[stream] for item in items])
                 out[stream] = torch.from_numpy(stacked).float()
         return out
+
+
+class TaskMeasure:
+    """The mean loss over the tokens of the answers, and what the model writes about a few."""
+
+    def __init__(
+        self, model: Med3DVLM, dataset: TaskDataset, collate: TaskCollator, settings: TrainingRecipe
+    ):
+        self.model, self.dataset, self.collate, self.settings = model, dataset, collate, settings
+
+    def __call__(self, learner: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
+        """`learner` is the model, or the model within its adapters."""
+        total = tokens = 0.0
+        size, device = self.settings.batch_size, self.model.device
+        for batch, _ in batches(self.dataset, self.collate, size, device):
+            counted = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += learner(**batch).loss.item() * counted
+            tokens += counted
+        return {"loss": total / max(tokens, 1)}, self._samples()
+
+    def _samples(self) -> list[dict[str, str]]:
+        count = min(self.settings.samples, len(self.dataset))
+        if not count:
+            return []
+        items = [self.dataset[i] for i in range(count)]
+        batch = {k: v.to(self.model.device) for k, v in self.collate(items).items()}
+        if "volumes" in batch:
+            visual = self.model.get_visual_tokens(batch["volumes"])
+        else:
+            visual = self.model.projector(batch["low"], batch["high"])
+        written = self.model.ask(visual, [item["instruction"] for item in items])
+        written = [written] if isinstance(written, str) else written
+        names = ("id", "instruction", "answer")
+        return [
+            {**{name: item[name] for name in names}, "written": str(text)}
+            for item, text in zip(items, written, strict=True)
+        ]

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 STAGES = ("contrastive", "alignment", "instruction")
+PRECISIONS = ("fp32", "bf16")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
+TASKS = ("report", "caption", "closed", "open", "yes_no")
+METRICS = {"contrastive": ("loss", "r_at_1"), "alignment": ("loss",), "instruction": ("loss",)}
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be followed, in one sentence that names the key."""
+
+
+@dataclass
+class ValidationRecipe:
+    """Studies to watch a run with; none of them is trained on.
+
+    They are the first `studies` of `split` in the store, or, where the run trains on phantoms,
+    as many phantoms of that split, generated into `<store>-validation`.
+    """
+
+    studies: int = 0
+    split: str = "validation"
 
 
 @dataclass
@@ -41,6 +65,7 @@ class DataRecipe:
     # shifts of the volume in voxels. No flips: reports speak of left and right.
     intensity: float = 0.1
     shift_voxels: int = 2
+    validation: ValidationRecipe = field(default_factory=ValidationRecipe)
 
 
 @dataclass
@@ -56,9 +81,14 @@ class TrainingRecipe:
     schedule: str = "cosine"
     clip_norm: float = 1.0
     precision: str = "fp32"  # or bf16
+    ema: float | None = None  # decay of a running mean of the weights, which is then the result
+    gradient_checkpointing: bool = False  # less memory, more time
     seed: int = 0
     loader_workers: int = 0  # processes that read batches ahead
     save_steps: int = 500
+    evaluate_steps: int | None = None  # how often data.validation is looked at
+    best_metric: str = "loss"  # or r_at_1, contrastive: whose best checkpoint is kept
+    samples: int = 4  # language stages: validation studies that are written about each time
     log_steps: int = 20
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
@@ -104,12 +134,141 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
             OmegaConf.from_dotlist(overrides or []),
         )
         recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except ConfigKeyError as error:
+        raise RecipeError(f"{path}: {_unknown(str(error.full_key))}") from error
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         key = getattr(error, "full_key", None)
         reason = (f"{key}: " if key else "") + str(error).split("\n", 1)[0].rstrip(".")
         raise RecipeError(f"{path} cannot be followed: {reason}.") from error
-    if recipe.stage not in STAGES:
-        raise RecipeError(
-            f"{path}: stage {recipe.stage!r} is unknown: choose one of {', '.join(STAGES)}."
-        )
+    try:
+        check_settings(recipe)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
     return recipe
+
+
+def _unknown(full_key: str) -> str:
+    """What to say about a key that no section has."""
+    *sections, key = full_key.split(".")
+    known: Any = Recipe
+    for section in sections:
+        default = next(f for f in fields(known) if f.name == section).default_factory
+        if not is_dataclass(default):
+            break
+        known = default
+    return unknown_key(key, (f.name for f in fields(known)), section=".".join(sections))
+
+
+def unknown_key(key: str, known: Iterable[str], *, section: str) -> str:
+    """A sentence that names the nearest known key."""
+    names = sorted(known)
+    near = get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"it knows {', '.join(names)}."
+    place = f"section {section!r}" if section else "a recipe"
+    return f"key {key!r} is unknown in {place}: {hint}"
+
+
+def check_keys(settings: dict[str, Any], known: Iterable[str], *, section: str) -> None:
+    """Refuse keys of a free section that what it sets does not have.
+
+    Raises:
+        RecipeError: naming the first, and the nearest that is known.
+    """
+    names = set(known)
+    for key in settings:
+        if key not in names:
+            raise RecipeError(unknown_key(key, names, section=section))
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse what no model and no data could make possible.
+
+    Raises:
+        RecipeError: naming the key, what is wrong and what can stand there.
+    """
+    training, data = recipe.training, recipe.data
+    one_of = [
+        ("stage", recipe.stage, STAGES),
+        ("training.precision", training.precision, PRECISIONS),
+        ("training.schedule", training.schedule, SCHEDULES),
+        *(("training.loggers", name, LOGGERS) for name in training.loggers),
+        *(("data.tasks", name, TASKS) for name in data.tasks),
+        ("training.best_metric", training.best_metric, METRICS.get(recipe.stage, ())),
+    ]
+    for key, value, known in one_of:
+        if value not in known:
+            raise RecipeError(f"{key} {value!r} is unknown: choose one of {', '.join(known)}.")
+    least = [
+        ("training.batch_size", training.batch_size, 1),
+        ("training.accumulation", training.accumulation, 1),
+        ("training.save_steps", training.save_steps, 1),
+        ("training.log_steps", training.log_steps, 1),
+        ("training.evaluate_steps", training.evaluate_steps, 1),
+        ("training.samples", training.samples, 0),
+        ("training.loader_workers", training.loader_workers, 0),
+        ("training.weight_decay", training.weight_decay, 0),
+        ("data.validation.studies", data.validation.studies, 0),
+        ("data.phantoms", data.phantoms, 0),
+    ]
+    for key, value, low in least:
+        if value is not None and not low <= value < math.inf:
+            raise RecipeError(f"{key} is {value}: it must be {low} or more.")
+    if not 0 < training.learning_rate < math.inf:
+        raise RecipeError(f"training.learning_rate is {training.learning_rate}: it must be over 0.")
+    if training.epochs <= 0 and training.max_steps <= 0:
+        raise RecipeError(f"training.epochs is {training.epochs}: it must be over 0.")
+    if not 0 <= training.warmup_share < 1:
+        raise RecipeError(
+            f"training.warmup_share is {training.warmup_share}: it is a share of the steps, from 0 "
+            "to under 1."
+        )
+    if training.ema is not None and not 0 < training.ema < 1:
+        raise RecipeError(f"training.ema is {training.ema}: a decay lies between 0 and 1.")
+    if bool(training.evaluate_steps) != bool(data.validation.studies):
+        raise RecipeError(
+            "training.evaluate_steps and data.validation.studies belong together: give both, or "
+            "neither."
+        )
+    if recipe.lora is not None and recipe.stage == "contrastive":
+        raise RecipeError("lora needs a language model, which a contrastive recipe does not train.")
+
+
+def check_needs(recipe: Recipe) -> None:
+    """Refuse a recipe that asks for what is not there, before anything is loaded.
+
+    Raises:
+        RecipeError: naming the key and the file, folder or package that is missing.
+    """
+    for name in recipe.training.loggers:
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"training.loggers: {name} is not installed: pip install {name}, or leave it out."
+            )
+    if recipe.stage != "contrastive" and recipe.start is None:
+        raise RecipeError("start is missing: name the checkpoint to start from.")
+    _check_checkpoint("start", recipe.start)
+    for key in ("language_model", "text_encoder"):
+        _check_checkpoint(f"model.{key}", recipe.model.get(key))
+    store = recipe.data.store
+    if not recipe.data.phantoms and "://" not in store and not Path(store, "store.json").is_file():
+        raise RecipeError(
+            f"data.store: {store} is no finished store: run med3dvlm prepare, or set data.phantoms "
+            "to generate studies."
+        )
+
+
+def _check_checkpoint(key: str, name: str | None) -> None:
+    """A folder that is here, or a name of the hub that is in the cache or could be fetched."""
+    if name is None or name == "demo" or Path(name).is_dir():
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not _HUB_NAME.fullmatch(name):
+        raise RecipeError(f"{key}: folder {name} does not exist: give one that does.")
+    if constants.HF_HUB_OFFLINE and not isinstance(
+        try_to_load_from_cache(name, "config.json"), str
+    ):
+        raise RecipeError(
+            f"{key}: {name} is neither a folder here nor in the hub's cache, and HF_HUB_OFFLINE is "
+            "set: download it where a network is and give its folder."
+        )

@@ -1,0 +1,249 @@
+"""What a run would take, found out before it: parameters, tokens, steps, memory, time.
+
+The recipe is followed on a few of its studies up to the first step, so whatever would stop the
+run there stops the plan. What is generated for it lies in a temporary folder that is removed.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from med3dvlm.data.sources import Progress
+from med3dvlm.data.store import Store
+from med3dvlm.train.engine import Job, trainable_parameters
+from med3dvlm.train.recipe import Recipe, RecipeError, check_needs
+
+STUDIES = 32  # that are looked at
+TIMED_STEPS = 3
+TIMED_BYTES = 2**30  # of activations; a larger batch is timed by a part of it
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    parts: for each part of the model (parameters that learn, parameters in all).
+    visual_tokens: in front of each prompt; 0 for a dual encoder.
+    text_tokens: mean and largest number of tokens of a text, as the model reads it.
+    steps, samples: optimizer steps and studies seen, of one process.
+    memory: bytes of weights, gradients, optimizer, average, activations.
+    seconds_per_step, seconds: of the steps, and of the whole run.
+    notes: how the figures were found.
+    """
+
+    stage: str
+    device: str
+    studies: int
+    parts: dict[str, tuple[int, int]]
+    visual_tokens: int
+    text_tokens: dict[str, float]
+    steps: int
+    samples: int
+    memory: dict[str, int]
+    seconds_per_step: float
+    seconds: float
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        parts = {name: {"trained": t, "parameters": n} for name, (t, n) in self.parts.items()}
+        return {**asdict(self), "parts": parts, "memory_total": sum(self.memory.values())}
+
+    def to_text(self) -> str:
+        lines = [f"{'part':<20}{'parameters':>16}{'trained':>16}"]
+        lines += [f"{name:<20}{n:>16,}{t:>16,}" for name, (t, n) in self.parts.items()]
+        memory = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.memory.items())
+        tokens = self.text_tokens
+        lines += [
+            f"tokens of a sample: {self.visual_tokens} visual, {tokens['mean']:.0f} of text "
+            f"(at most {tokens['most']:.0f})",
+            f"{self.studies:,} studies, {self.steps:,} steps, {self.samples:,} samples",
+            f"memory on {self.device}: {sum(self.memory.values()) / GIB:.2f} GiB ({memory})",
+            f"time: {self.seconds_per_step:.3g} s a step, {self.seconds / 3600:.2g} h in all",
+            *(f"note: {note}" for note in self.notes),
+            "nothing was written.",
+        ]
+        return "\n".join(lines)
+
+
+def plan(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
+    """Find out what a recipe would take.
+
+    Raises:
+        RecipeError: for a recipe that cannot be followed.
+    """
+    check_needs(recipe)
+    with tempfile.TemporaryDirectory() as scratch:
+        count, probe = _probe(recipe, Path(scratch))
+        batch = recipe.training.batch_size
+        if count < batch:
+            raise RecipeError(
+                f"training.batch_size is {batch}, but there are only {count} studies to train on: "
+                "lower it."
+            )
+        job = _job(probe, progress)
+        return _measure(recipe, job, count)
+
+
+def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
+    """How many studies the run would train on, and the same recipe for a few of them."""
+    data = recipe.data
+    there = "://" in data.store or Path(data.store, "store.json").is_file()
+    training = replace(recipe.training, batch_size=1, evaluate_steps=None)
+    validation = replace(data.validation, studies=0)
+    if there:
+        store = Store(data.store, skip=data.skip)
+        count = len(store) - (0 if data.phantoms else data.validation.studies)
+        few = replace(
+            data, phantoms=0, skip=[*data.skip, *store.ids[STUDIES:]], validation=validation
+        )
+    else:
+        count, folder = data.phantoms, str(scratch / "phantoms")
+        few = replace(data, store=folder, phantoms=min(STUDIES, count), validation=validation)
+    return count, replace(recipe, data=few, training=training)
+
+
+def _job(recipe: Recipe, progress: Progress | None) -> Job:
+    if recipe.stage == "contrastive":
+        from med3dvlm.train.contrastive import contrastive_job
+
+        return contrastive_job(recipe, progress=progress)
+    from med3dvlm.train.language import language_job
+
+    return language_job(recipe, progress=progress)
+
+
+def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
+    settings = recipe.training
+    model, learner = job.model, job.learner
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learner.to(device)
+    if settings.gradient_checkpointing:
+        learner.activation_checkpointing_enable({"use_reentrant": False})
+    lengths = _text_lengths(job)
+    visual = getattr(model, "num_visual_tokens", 0)
+    _check_length(model, visual + max(lengths))
+    learner.train()
+    activations = _activations(learner, _batch(job, 2), settings.precision) / 2
+    fitting = max(1, min(settings.batch_size, int(TIMED_BYTES / max(activations, 1))))
+    step = _step_seconds(job, fitting, settings.precision) * settings.batch_size / fitting
+    step *= settings.accumulation
+    batches = count // settings.batch_size
+    steps = settings.max_steps
+    if steps <= 0:
+        steps = math.ceil(settings.epochs * math.ceil(batches / settings.accumulation))
+    encoding = job.encoding_s * count / len(job.dataset)
+    seconds = steps * step + encoding
+    notes = [
+        f"texts, time and activations are those of {len(job.dataset)} studies.",
+        "activations: the tensors that one forward keeps for its backward, measured with two "
+        "samples and multiplied; weights, gradients and optimizer (AdamW): counted.",
+        f"time: the median of {TIMED_STEPS} steps of {fitting} samples"
+        + (", multiplied to the batch." if fitting < settings.batch_size else "."),
+    ]
+    if encoding > 1:
+        notes.append(f"of the time, {encoding:.0f} s go to the frozen encoder, once.")
+    if settings.max_minutes is not None and seconds > 60 * settings.max_minutes:
+        steps = max(1, int((60 * settings.max_minutes) / step))
+        seconds = 60 * settings.max_minutes + encoding
+        notes.append(f"training.max_minutes ends the run after {settings.max_minutes:g} minutes.")
+    return Plan(
+        stage=recipe.stage,
+        device=str(device),
+        studies=count,
+        parts=trainable_parameters(model),
+        visual_tokens=visual,
+        text_tokens={"mean": statistics.fmean(lengths), "most": max(lengths)},
+        steps=steps,
+        samples=steps * settings.batch_size * settings.accumulation,
+        memory=_memory(learner, settings.ema, int(activations * settings.batch_size)),
+        seconds_per_step=step,
+        seconds=seconds,
+        notes=notes,
+    )
+
+
+def _batch(job: Job, size: int) -> dict[str, Tensor]:
+    device = next(job.learner.parameters()).device
+    items = [job.dataset[i] for i in range(size)]
+    return {name: tensor.to(device) for name, tensor in job.collate(items).items()}
+
+
+def _text_lengths(job: Job) -> list[int]:
+    """Tokens of each study's text, or of each question or instruction with its answer."""
+    visual = getattr(job.model, "num_visual_tokens", 0)
+    items = [job.dataset[i] for i in range(4 * len(job.dataset))]
+    return [int(job.collate([item])["attention_mask"].sum()) - visual for item in items]
+
+
+def _check_length(model: Any, most: int) -> None:
+    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    if limit is not None and most > limit:
+        raise RecipeError(
+            f"the longest sample is {most} tokens with its visual tokens, but the model reads "
+            f"max_position_embeddings = {limit}: choose another language model, fewer visual "
+            "tokens (model.low_tokens, model.high_tokens), or shorter tasks."
+        )
+
+
+def _forward(learner: nn.Module, batch: dict[str, Tensor], precision: str) -> Tensor:
+    device = next(learner.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        return learner(**batch).loss
+
+
+def _activations(learner: nn.Module, batch: dict[str, Tensor], precision: str) -> int:
+    """Bytes of what the forward keeps for the backward, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = _forward(learner, batch, precision)
+    total = sum(kept.values())  # all are alive as long as the loss is
+    del loss
+    return total
+
+
+def _step_seconds(job: Job, size: int, precision: str) -> float:
+    learning = [p for p in job.learner.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=0.0)
+    seconds = []
+    for number in range(TIMED_STEPS + 1):
+        began = time.monotonic()
+        items = [job.dataset[(number * size + i) % len(job.dataset)] for i in range(size)]
+        device = learning[0].device
+        batch = {name: tensor.to(device) for name, tensor in job.collate(items).items()}
+        _forward(job.learner, batch, precision).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.monotonic() - began)
+    return statistics.median(seconds[1:])  # the first warms up
+
+
+def _memory(learner: nn.Module, ema: float | None, activations: int) -> dict[str, int]:
+    learning = [p for p in learner.parameters() if p.requires_grad]
+    trained = sum(p.numel() * p.element_size() for p in learning)
+    tensors = [*learner.parameters(), *learner.buffers()]
+    return {
+        "weights": sum(t.numel() * t.element_size() for t in tensors),
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        **({"average": trained} if ema is not None else {}),
+        "activations": activations,
+    }

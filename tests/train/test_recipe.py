@@ -1,0 +1,92 @@
+"""Recipes: what is refused, with which sentence, and before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from med3dvlm import hub
+from med3dvlm.scan import PRESETS, Preparation
+from med3dvlm.train import RecipeError, load_recipe, train
+from tests.train.test_train import language_recipe, recipe, store  # noqa: F401
+
+PUBLISHED = Path(__file__).parents[2] / "recipes" / "published"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("training.lerning_rate=1", r"'lerning_rate' .* 'training': .*'learning_rate'"),
+        ("data.phantom=3", r"'phantom' is unknown in section 'data': .*'phantoms'"),
+        ("data.validation.study=3", r"'study' .* section 'data.validation': .*'studies'"),
+        ("trainig.batch_size=3", r"'trainig' is unknown in a recipe: .*'training'"),
+        ("zzz=3", r"'zzz' is unknown in a recipe: it knows anew, data, "),
+        ("training.precision=fp8", r"training.precision 'fp8' is unknown: .*fp32, bf16"),
+        ("training.schedule=cosinus", r"training.schedule 'cosinus' is unknown"),
+        ("training.warmup_share=1", r"training.warmup_share is 1.0: it is a share"),
+        ("training.batch_size=0", r"training.batch_size is 0: it must be 1 or more"),
+        ("training.learning_rate=.nan", r"training.learning_rate is nan"),
+        ("training.ema=1", r"training.ema is 1.0"),
+        ("training.evaluate_steps=2", r"data.validation.studies belong together"),
+        ("training.loggers=[wand]", r"training.loggers 'wand' is unknown"),
+        ("training.best_metric=f1", r"training.best_metric 'f1' is unknown: .*loss, r_at_1"),
+        ("data.tasks={reports: 1}", r"data.tasks 'reports' is unknown: choose one of report, "),
+        ("lora={r: 2}", r"lora needs a language model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_named_with_what_could(tmp_path, change, sentence):
+    with pytest.raises(RecipeError, match=sentence) as raised:
+        load_recipe(recipe(tmp_path, tmp_path / "none"), [change])
+    assert "\n" not in str(raised.value) and str(tmp_path / "recipe.yaml") in str(raised.value)
+
+
+def test_what_is_missing_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "load_exact", lambda *_, **__: pytest.fail("a model was loaded"))
+    none = tmp_path / "none"
+    path = language_recipe(tmp_path, none, "alignment", "no-such-run")
+    with pytest.raises(RecipeError, match=r"start: folder .*no-such-run does not exist"):
+        train(load_recipe(path))
+    with pytest.raises(RecipeError, match="start is missing"):
+        train(load_recipe(path, ["start=null"]))
+    path = language_recipe(tmp_path, none, "alignment", "")
+    with pytest.raises(RecipeError, match=r"model.language_model: owner/no-such .*HF_HUB_OFFLINE"):
+        train(load_recipe(path, ["model={language_model: owner/no-such}"]))
+    path = recipe(tmp_path, none)
+    with pytest.raises(RecipeError, match=r"data.store: .*none is no finished store"):
+        train(load_recipe(path, ["data.phantoms=0"]))
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "med3dvlm.train.recipe.find_spec", lambda name: None if name == "wandb" else found(name)
+    )
+    with pytest.raises(RecipeError, match="wandb is not installed: pip install wandb"):
+        train(load_recipe(path, ["training.loggers=[wandb]"]))
+
+
+def test_settings_that_a_model_does_not_have_are_refused(tmp_path, store):  # noqa: F811
+    for change, sentence in [
+        ("model.projection_dimm=8", r"'model': did you mean 'projection_dim'"),
+        ("model.vision_config.depth=[1]", r"'model.vision_config': did you mean 'depths'"),
+        ("model.text_config.n_layer=1", r"'model.text_config': did you mean 'n_layers'"),
+    ]:
+        with pytest.raises(RecipeError, match=sentence):
+            train(load_recipe(recipe(tmp_path, store), [change]))
+
+
+@pytest.mark.parametrize(
+    ("stage", "missing"),
+    [
+        ("contrastive", r"model.text_encoder: medicalai/ClinicalBERT"),
+        ("alignment", r"start: folder runs/published/contrastive does not exist"),
+        ("instruction", r"start: folder runs/published/alignment does not exist"),
+    ],
+)
+def test_published_recipes_lack_only_weights_and_stores(tmp_path, monkeypatch, stage, missing):
+    monkeypatch.chdir(tmp_path)
+    followed = load_recipe(PUBLISHED / f"{stage}.yaml")
+    assert followed.stage == stage
+    if followed.preparation:
+        assert Preparation.from_dict(followed.preparation) == PRESETS["m3d"]
+    with pytest.raises(RecipeError, match=missing):
+        train(followed)
