@@ -245,7 +245,7 @@ class _Trainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure with the averaged weights, where there are any; leaves no trace in the run."""
-        assert self.validation is not None
+        assert self.validation is not None and self.model is not None
         model = self.model
         model.eval()
         averaged: AbstractContextManager = self.average or nullcontext()
