@@ -13,15 +13,19 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import BertTokenizer, DistilBertConfig, DistilBertModel
+from typer.testing import CliRunner
 
 from med3dvlm import hub
+from med3dvlm.cli import app
 from med3dvlm.data.store import Store
 from med3dvlm.models import DCFormer, DCFormerConfig, Med3DVLM
 from med3dvlm.train import RecipeError, load_recipe, train
 from med3dvlm.train.average import WeightAverage
 from med3dvlm.train.contrastive import contrastive_job
-from med3dvlm.train.language import _with_lora, language_job
+from med3dvlm.train.language import _with_lora, language_job, merge_adapter
 from med3dvlm.train.plan import plan
+from med3dvlm.train.recipe import Recipe
+from tests.models.published_folders import vlm_folder
 from tests.train.test_train import language_recipe, recipe, store, weights  # noqa: F401
 
 TRAINING = {"batch_size": 4, "epochs": 2, "loggers": [], "log_steps": 1, "learning_rate": 1e-3}
@@ -302,6 +306,51 @@ def test_merged_adapters_compute_what_the_adapters_computed(aligned, store, tmp_
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
     assert isinstance(merged, Med3DVLM)
     assert merged.state_dict().keys() == hub.load(aligned / "alignment").state_dict().keys()
+
+
+def test_merged_adapters_are_exported_to_the_published_layout_and_back(tmp_path):
+    folder, _ = vlm_folder(tmp_path / "published")
+    with pytest.warns(UserWarning):  # it comes without a tokenizer
+        model = hub.load(folder)
+    lora = Recipe(stage="instruction", output="", train=[], lora={"r": 2})
+    learner = _with_lora(model, lora)
+    torch.manual_seed(0)
+    for name, parameter in learner.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged = learner.merge_and_unload().eval()
+    save_published(merged, tmp_path / "exported")
+    with pytest.warns(UserWarning):
+        loaded = hub.load(tmp_path / "exported")
+        original = hub.load(folder)
+    assert loaded.fingerprint() == merged.fingerprint() != original.fingerprint()
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, merged(input_ids=ids).logits)
+        assert not torch.allclose(original(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_an_adapter_that_is_kept_merges_to_the_same_model(aligned, store, tmp_path):  # noqa: F811
+    path = language_recipe(
+        tmp_path,
+        store,
+        "instruction",
+        str(aligned / "alignment"),
+        train=["projector", "vision_encoder"],
+        lora={"r": 2},
+        keep_adapter=True,
+        training=TRAINING,
+    )
+    trained = train(load_recipe(path))
+    adapter, merged = tmp_path / "instruction" / "adapter", tmp_path / "merged"
+    result = CliRunner().invoke(app, ["model", "merge", str(adapter), "-o", str(merged)])
+    assert result.exit_code == 0, result.output
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(hub.load(merged).state_dict()[name], tensor), name
+    with pytest.raises(hub.CheckpointError, match="is no adapter"):
+        merge_adapter(tmp_path)
+    with pytest.raises(hub.CheckpointError, match="is no language model"):
+        merge_adapter(adapter, str(aligned / "contrastive"))
 
 
 def text_encoder_folder(folder: Path, reports: list[str]) -> Path:

@@ -88,3 +88,29 @@ def convert(
                 model.save_pretrained(temporary)
                 model.processor.save_pretrained(temporary)
     typer.echo(f"{folder}: {type(model).__name__} in {to} layout")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="The adapter folder of a run with LoRA.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged model goes.")],
+    base: Annotated[
+        str | None, typer.Option(help="What the run began with, where that was moved.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+) -> None:
+    """Merge an adapter (`keep_adapter: true` in a recipe) into the model it was trained on.
+
+    Example: `med3dvlm model merge runs/instruction/adapter -o merged`
+    """
+    if output.exists() and not force:
+        raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
+    from med3dvlm.files import atomic_folder
+    from med3dvlm.train.language import merge_adapter
+
+    with common.errors.status(f"merging {adapter}"):
+        model = merge_adapter(adapter, base)
+        with atomic_folder(output) as temporary:
+            model.save_pretrained(temporary)
+            model.processor.save_pretrained(temporary)
+    typer.echo(f"{output}: merged")

@@ -8,6 +8,7 @@ streams are computed once per study and kept in memory, which makes these stages
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch.utils.data import Dataset
 from med3dvlm.data.prompts import CAPTION_PROMPTS, REPORT_PROMPTS
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Quantisation, Store
-from med3dvlm.hub import load
+from med3dvlm.files import atomic_folder
+from med3dvlm.hub import CheckpointError, load, load_exact
 from med3dvlm.models import (
     Med3DVLM,
     Med3DVLMConfig,
@@ -36,6 +38,8 @@ def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3D
     """Follow an alignment or instruction recipe; the model is also saved in `recipe.output`."""
     job = language_job(recipe, progress=progress)
     metrics = fit(job, recipe)
+    if recipe.keep_adapter:
+        save_adapter(job.learner, recipe)
     model = job.learner.merge_and_unload() if recipe.lora else job.model
     save_result(model, recipe, metrics, studies=len(job.dataset))
     return model.eval()
@@ -142,6 +146,40 @@ def _with_lora(model: Med3DVLM, recipe: Recipe) -> Any:
         target_modules=linear, modules_to_save=list(recipe.train) or None, **settings
     )
     return get_peft_model(model, config)
+
+
+def save_adapter(learner: Any, recipe: Recipe) -> None:
+    """PEFT's own format, with the parts that were trained in full, in `<output>/adapter`."""
+    learner.peft_config["default"].base_model_name_or_path = str(recipe.start)
+    with atomic_folder(Path(recipe.output, "adapter")) as folder:
+        learner.save_pretrained(folder)
+
+
+def merge_adapter(adapter: Path, base: str | None = None) -> Med3DVLM:
+    """The model that a run with `keep_adapter` ended in, from its adapter and what it began with.
+
+    Args:
+        base: the checkpoint the run began with, where it is not any more where the run found it.
+
+    Raises:
+        CheckpointError: for a folder that is no adapter, or a base that it does not belong to.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"{adapter} is no adapter: it has no adapter_config.json.")
+    name = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    if name is None:
+        raise CheckpointError(f"{adapter} does not say what it was trained on: give --base.")
+    model = load_exact(name)
+    if not isinstance(model, Med3DVLM):
+        raise CheckpointError(f"{name} is no language model: give --base, what {adapter} began as.")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{adapter} does not belong to {name}: give --base, what its run began with."
+        ) from error
 
 
 @torch.inference_mode()

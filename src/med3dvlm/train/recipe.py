@@ -114,6 +114,7 @@ class Recipe:
     train: list[str] = field(default_factory=list)
     anew: list[str] = field(default_factory=list)
     lora: dict[str, Any] | None = None
+    keep_adapter: bool = False  # with lora: save the adapters beside the merged model too
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
 
@@ -229,6 +230,8 @@ def check_settings(recipe: Recipe) -> None:
             "training.evaluate_steps and data.validation.studies belong together: give both, or "
             "neither."
         )
+    if recipe.keep_adapter and not recipe.lora:
+        raise RecipeError("keep_adapter needs lora: there is no adapter to keep without.")
     if recipe.lora is not None and recipe.stage == "contrastive":
         raise RecipeError("lora needs a language model, which a contrastive recipe does not train.")
 
