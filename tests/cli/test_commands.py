@@ -142,9 +142,10 @@ def test_model_convert_there_and_back(run, tmp_path, make):
 
 
 def test_evaluate_prints_tables_with_chance(run, tmp_path):
-    result = run("evaluate", "phantoms", "-n", 12, "-o", tmp_path / "out")
+    few = ("--controls", 3, "--twins", 2)
+    result = run("evaluate", "phantoms", "-n", 12, *few, "-o", tmp_path / "out")
     assert result.code == 0
-    for part in ("Retrieval", "chance", "location", "F1", "no patients"):
+    for part in ("Retrieval", "chance", "location", "F1", "no patients", "verdict", "Twins"):
         assert part in result.out
     assert json.loads((tmp_path / "out" / "results.json").read_text())["studies"] == 12
 

@@ -1,22 +1,287 @@
-"""`evaluate`: figures of a model."""
+"""`evaluate`: figures of a model, with evidence controls beside them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from med3dvlm.cli import common
 from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, SeedOption
+from med3dvlm.cli.store import StoreArgument, data_module
+
+if TYPE_CHECKING:
+    from med3dvlm.evaluate.tasks import Answerer, Cases, Run, Search
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
+SplitOption = Annotated[str, typer.Option(help="Which split of the store.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many studies.")]
+ByOption = Annotated[
+    str | None,
+    typer.Option(help="Also by the values of a column of the manifest or a key of the metadata."),
+]
+LeaksOption = Annotated[
+    bool, typer.Option("--leaks", help="With the studies that are also on another side.")
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Write tables, predictions and report.html here."),
+]
+ControlsOption = Annotated[
+    int,
+    typer.Option(min=0, help="Studies that are also run blank, swapped and shuffled; 0 for none."),
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Volumes, or texts, at a time.")]
+AnswererOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="'demo', a checkpoint folder, a hub name, or a control: always-no, question-only.",
+    ),
+]
+ReportsOption = Annotated[
+    str | None,
+    typer.Option(help="A store whose split train is learned or drafted from; STORE by default."),
+]
+
+
+@app.command("retrieval")
+def retrieval(
+    store: StoreArgument,
+    model: ModelOption = "demo",
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    by: ByOption = None,
+    leaks: LeaksOption = False,
+    controls: ControlsOption = 200,
+    output: OutputOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """R@1, 5 and 10 in both directions, as published and with a shared report as a hit.
+
+    Example: `med3dvlm evaluate retrieval m3d.store --model runs/search --by modality`
+    """
+    cases = _cases(store, split, limit, leaks, by)
+    dual = common.load_dual_encoder(model, device)
+    _check(cases, dual.preparation)
+    from med3dvlm.evaluate.tasks import evaluate_retrieval
+
+    with common.progress_bar("evaluating") as progress:
+        run = evaluate_retrieval(
+            dual,
+            cases,
+            controls=controls,
+            by=by,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    _finish(run, output, as_json)
+
+
+@app.command("report")
+def report(
+    store: StoreArgument,
+    model: ModelOption = "demo",
+    search_model: Annotated[
+        str | None,
+        typer.Option(help="A dual encoder for the drafts beside; that of --model by default."),
+    ] = None,
+    reports: ReportsOption = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability above which a template asserts.")
+    ] = 0.5,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A metric from elsewhere, package.module:function of (references, candidates)."
+        ),
+    ] = None,
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    by: ByOption = None,
+    leaks: LeaksOption = False,
+    controls: ControlsOption = 200,
+    output: OutputOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Wording, findings and CRG of drafted reports, beside nearest reports and templates.
+
+    Example: `med3dvlm evaluate report ct-rate.store --model runs/instruction --limit 500`
+    """
+    from med3dvlm.evaluate.tasks import LanguageModel, evaluate_report, load_scorer
+
+    scorers = {name: load_scorer(name) for name in scorer or ()}
+    cases = _cases(store, split, limit, leaks, by)
+    answerer = LanguageModel(common.load_language_model(model, device))
+    _check(cases, answerer.preparation)
+    search, note = _search(model, search_model, device, cases, reports or store, threshold)
+    with common.progress_bar("evaluating") as progress:
+        run = evaluate_report(
+            answerer,
+            cases,
+            search=search,
+            scorers=scorers,
+            controls=controls,
+            by=by,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    if note:
+        run.results.notes.append(note)
+    _finish(run, output, as_json)
+
+
+@app.command("vqa")
+def vqa(
+    store: StoreArgument,
+    model: AnswererOption = "demo",
+    reports: ReportsOption = None,
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    by: ByOption = None,
+    leaks: LeaksOption = False,
+    controls: ControlsOption = 200,
+    output: OutputOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Closed questions by likelihood and by the published rule, yes or no, and open ones.
+
+    Example: `med3dvlm evaluate vqa m3d.store --model always-no`
+    """
+    from med3dvlm.evaluate.tasks import QuestionOnly, evaluate_vqa
+
+    cases = _cases(store, split, limit, leaks, by)
+    if model == QuestionOnly.label:
+        answerer: Answerer = QuestionOnly(_questions(reports or store))
+    else:
+        answerer = _answerer(model, device)
+    _check(cases, answerer.preparation)
+    with common.progress_bar("evaluating") as progress:
+        run = evaluate_vqa(
+            answerer,
+            cases,
+            controls=controls,
+            by=by,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    _finish(run, output, as_json)
+
+
+@app.command("zero-shot")
+def zero_shot(
+    store: StoreArgument,
+    model: ModelOption = "demo",
+    present: Annotated[
+        str, typer.Option(help="Prompt for a finding that is there.")
+    ] = "There is {finding}.",
+    absent: Annotated[
+        str, typer.Option(help="Prompt for one that is not.")
+    ] = "There is no {finding}.",
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    by: ByOption = None,
+    leaks: LeaksOption = False,
+    controls: ControlsOption = 200,
+    output: OutputOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Findings from prompts: AUROC, F1, accuracy, precision and recall of each.
+
+    Example: `med3dvlm evaluate zero-shot ct-rate.store --model runs/search --split validation`
+    """
+    cases = _cases(store, split, limit, leaks, by)
+    dual = common.load_dual_encoder(model, device)
+    _check(cases, dual.preparation)
+    from med3dvlm.evaluate.tasks import evaluate_zero_shot
+
+    with common.progress_bar("evaluating") as progress:
+        run = evaluate_zero_shot(
+            dual,
+            cases,
+            present=present,
+            absent=absent,
+            controls=controls,
+            by=by,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+    _finish(run, output, as_json)
+
+
+@app.command("twins")
+def twins(
+    model: AnswererOption = "demo",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pairs of either kind.")] = 72,
+    output: OutputOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Phantoms that differ in one finding only: is the answer right for both?
+
+    Example: `med3dvlm evaluate twins --model demo -n 180`
+    """
+    from med3dvlm.evaluate.tasks import QuestionOnly, evaluate_twins
+
+    if model == QuestionOnly.label:
+        answerer: Answerer = QuestionOnly(_phantom_questions(seed))
+    else:
+        answerer = _answerer(model, device)
+    with common.progress_bar("evaluating") as progress:
+        run = evaluate_twins(
+            answerer, count=count, seed=seed, batch_size=batch_size, progress=progress
+        )
+    _finish(run, output, as_json)
+
+
+@app.command("compare")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="The --output of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="That of another.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the table here.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Test in pairs, study by study, whether two saved runs of one task differ.
+
+    Example: `med3dvlm evaluate compare runs/before runs/after`
+    """
+    from med3dvlm.evaluate.tasks import compare_runs
+
+    results = compare_runs(first, second)
+    if output is not None:
+        results.save(output)
+    _print(results, as_json)
+
 
 @app.command("phantoms")
-def evaluate_phantoms(
+def phantoms(
     model: ModelOption = "demo",
     count: Annotated[int, typer.Option("--count", "-n", min=10, help="Held-out studies.")] = 500,
+    controls: ControlsOption = 20,
+    twins: Annotated[int, typer.Option(min=0, help="Pairs of either kind; 0 for none.")] = 36,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write tables (JSON, CSV, Markdown) here.")
     ] = None,
@@ -25,7 +290,7 @@ def evaluate_phantoms(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Retrieval, questions and reports on held-out phantoms, each with chance beside it.
+    """Retrieval, questions, reports and twins on held-out phantoms, each with chance beside it.
 
     Example: `med3dvlm evaluate phantoms --model demo -n 500`
     """
@@ -35,11 +300,106 @@ def evaluate_phantoms(
     vlm = common.load_language_model(model, device)
     with common.progress_bar("evaluating") as progress:
         result = evaluate_on_phantoms(
-            dual, vlm, count=count, seed=seed, batch_size=batch_size, progress=progress
+            dual,
+            vlm,
+            count=count,
+            seed=seed,
+            batch_size=batch_size,
+            controls=controls,
+            twins=twins,
+            progress=progress,
         )
     if output is not None:
         result.save(output)
+    _print(result, as_json)
+
+
+# --- what the commands share ------------------------------------------------------------------
+
+
+def _cases(store: str, split: str, limit: int | None, leaks: bool, by: str | None) -> Cases:
+    """The studies; a column that they do not have is refused before anything is computed."""
+    opened = data_module("store").Store(store)
+    from med3dvlm.evaluate.tasks import cases_of_store
+
+    cases = cases_of_store(opened, split, limit=limit, leaks=leaks)
+    if by is not None:
+        cases.column(by)
+    return cases
+
+
+def _check(cases: Cases, preparation: Any) -> None:
+    """Refuse a model that wants other volumes; a control that looks at none wants any."""
+    if preparation is None:
+        return
+    from med3dvlm.scan import compare_preparations
+
+    compare_preparations(cases.preparation, preparation)
+
+
+def _answerer(name: str, device: str) -> Answerer:
+    from med3dvlm.evaluate.tasks import AlwaysNo, LanguageModel
+
+    if name == AlwaysNo.label:
+        return AlwaysNo()
+    return LanguageModel(common.load_language_model(name, device))
+
+
+def _questions(store: str) -> list[dict[str, Any]]:
+    opened = data_module("store").Store(store)
+    return [
+        question
+        for index in opened.in_split("train")
+        for question in opened.study(int(index))["questions"] or ()
+    ]
+
+
+def _phantom_questions(seed: int, count: int = 1000) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from med3dvlm.data.phantoms import make_study
+
+    studies = (make_study(index, seed=seed, split="train") for index in range(count))
+    return [asdict(question) for study in studies for question in study.questions]
+
+
+def _search(
+    model: str,
+    search_model: str | None,
+    device: str,
+    cases: Cases,
+    reports: str,
+    threshold: float,
+) -> tuple[Search | None, str]:
+    """What drafts without a language model, or the reason why nothing does."""
+    from med3dvlm.evaluate.tasks import Search
+    from med3dvlm.hub import CheckpointError
+
+    try:
+        dual = common.load_dual_encoder(search_model or model, device)
+    except CheckpointError as error:
+        if search_model is not None:
+            raise
+        return None, (
+            f"No draft by the nearest report or by template: {error} Give a dual encoder in "
+            "--search-model."
+        )
+    _check(cases, dual.preparation)
+    opened = data_module("store").Store(reports)
+    column = opened.table["report"].to_pylist()
+    texts = [column[int(index)] for index in opened.in_split("train")]
+    return Search(dual, [text for text in texts if text and text.strip()], threshold), ""
+
+
+def _finish(run: Run, output: Path | None, as_json: bool) -> None:
+    if output is not None:
+        run.save(output)
+        common.errors.print(f"page: {output / 'report.html'}", markup=False, highlight=False)
+    _print(run.results, as_json)
+
+
+def _print(results: Any, as_json: bool) -> None:
     if as_json:
-        common.print_json(result.to_dict())
+        common.print_json(results.to_dict())
     else:
-        typer.echo(result.to_markdown())
+        typer.echo(results.to_markdown())

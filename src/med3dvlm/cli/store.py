@@ -60,7 +60,7 @@ def prepare(
             "a folder has no published preparation: say --preparation m3d, ct-rate, demo, a JSON "
             "file, or the folder of the model that will read the store."
         )
-    jobs = _data_module("prepare")
+    jobs = data_module("prepare")
     with common.progress_bar("preparing") as progress:
         result = jobs.prepare_archive(
             layout,
@@ -115,7 +115,7 @@ def _preparation(name: str) -> Any:
     )
 
 
-def _data_module(name: str) -> Any:
+def data_module(name: str) -> Any:
     """A module of `data` that needs the libraries of the extra `data`."""
     from importlib import import_module
 
@@ -142,11 +142,11 @@ def show(
 
     Example: `med3dvlm data show m3d.store --study ct_case/000006/Axial_C__portal_venous_phase`
     """
-    opened = _data_module("store").Store(store)
+    opened = data_module("store").Store(store)
     indices = [opened.index_of(name) for name in study] if study else range(min(20, len(opened)))
     if not len(indices):
         raise ValueError(f"{store} holds no study to show.")
-    _data_module("show").contact_sheet(opened, list(indices), output)
+    data_module("show").contact_sheet(opened, list(indices), output)
     told = [opened.study(index) for index in indices] if study else []
     if as_json:
         common.print_json({"picture": str(output), "studies": told})
@@ -175,7 +175,7 @@ def leaks(store: StoreArgument, as_json: JsonOption = False) -> None:
 
     Example: `med3dvlm data leaks m3d.store`
     """
-    opened = _data_module("store").Store(store)
+    opened = data_module("store").Store(store)
     if as_json:
         common.print_json([vars(crossing) for crossing in opened.crossings])
         return
@@ -197,8 +197,8 @@ def stats(
 
     Example: `med3dvlm data stats m3d.store --plot stats.png`
     """
-    opened = _data_module("store").Store(store)
-    shown = _data_module("show")
+    opened = data_module("store").Store(store)
+    shown = data_module("show")
     figures = shown.statistics(opened)
     if plot is not None:
         shown.plot_statistics(opened, plot)

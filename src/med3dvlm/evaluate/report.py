@@ -36,6 +36,16 @@ def finding_table(truth: Sequence[Findings], predicted: Sequence[Findings]) -> l
     return [*rows, macro, _row("micro, all", true, said)]
 
 
+def micro_f1(true: np.ndarray, said: np.ndarray) -> tuple[float, float | None, float | None, float]:
+    """Micro F1 of (studies, findings) bool, its 95% interval over studies, and F1 by chance."""
+
+    def f1(chosen: np.ndarray | slice) -> float:
+        return float(_row("", true[chosen], said[chosen])["F1"] or 0.0)
+
+    low, high = interval_of(f1, len(true))
+    return f1(slice(None)), float(low), float(high), _chance_f1(true)
+
+
 def baseline_table(truth: Sequence[Findings]) -> list[Row]:
     """What three who have not looked would score, micro over all findings.
 
@@ -67,16 +77,17 @@ def crg_table(truth: Sequence[Findings], predicted: Sequence[Findings]) -> list[
     true, said, _ = _arrays(truth, predicted)
     if true.all() or not true.any():
         raise ValueError("CRG is not defined where no finding is there, or every one is.")
-    low, high = interval_of(lambda chosen: _crg(true[chosen], said[chosen]), len(true))
+    low, high = interval_of(lambda chosen: crg(true[chosen], said[chosen]), len(true))
     rows: list[Row] = [
-        {"who": "drafted reports", "CRG": _crg(true, said), "low": float(low), "high": float(high)}
+        {"who": "drafted reports", "CRG": crg(true, said), "low": float(low), "high": float(high)}
     ]
     for who, constant in (("never asserts", False), ("always asserts", True)):
-        rows.append({"who": who, "CRG": _crg(true, np.full_like(true, constant))})
+        rows.append({"who": who, "CRG": crg(true, np.full_like(true, constant))})
     return rows
 
 
-def _crg(true: np.ndarray, said: np.ndarray) -> float:
+def crg(true: np.ndarray, said: np.ndarray) -> float:
+    """CRG of (studies, findings) bool; NaN where no finding is there, or every one."""
     positives = int(true.sum())
     largest = (true.size - positives) / 2
     if not positives or not largest:

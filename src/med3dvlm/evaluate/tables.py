@@ -41,7 +41,7 @@ class Table:
         if not columns:
             return f"**{self.title}**\n\n(no rows)"
         lines = [[_escape(column) for column in columns], ["---"] * len(columns)]
-        lines += [[self._cell(row.get(column)) for column in columns] for row in self.rows]
+        lines += [[_escape(self.show(row.get(column))) for column in columns] for row in self.rows]
         return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
     def to_csv(self) -> str:
@@ -58,14 +58,15 @@ class Table:
         """The rows with NaN and infinities as None: JSON has no word for them."""
         return [{key: _plain(value) for key, value in row.items()} for row in self.rows]
 
-    def _cell(self, value: Value) -> str:
+    def show(self, value: Value) -> str:
+        """A value as people read it."""
         value = _plain(value)
         if value is None:
             return "–"
         if isinstance(value, float):
             share = self.shares and 0 <= value <= 1
             return f"{100 * value:.1f}%" if share else f"{value:.4g}"
-        return _escape(str(value))
+        return str(value)
 
 
 def _plain(value: Value) -> Value:
@@ -79,23 +80,27 @@ def _escape(text: str) -> str:
 
 @dataclass
 class Results:
-    """Several tables with what they are about."""
+    """Several tables with what they are about; `notes` are sentences on what is not in them."""
 
     facts: dict[str, Any]
     tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, title: str, rows: Sequence[Row], *, shares: bool = True) -> None:
         """Raises ValueError for a title that is there already: one would hide the other."""
-        if _file_name(title) in {_file_name(table.title) for table in self.tables}:
+        if file_name(title) in {file_name(table.title) for table in self.tables}:
             raise ValueError(f"there is a table {title!r} already: give it another title.")
         self.tables.append(Table(title, rows, shares))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.facts, "tables": {table.title: table.to_list() for table in self.tables}}
+        notes = {"notes": self.notes} if self.notes else {}
+        tables = {table.title: table.to_list() for table in self.tables}
+        return {**self.facts, **notes, "tables": tables}
 
     def to_markdown(self) -> str:
         facts = "; ".join(f"{name}: {value}" for name, value in self.facts.items())
-        return "\n\n".join([facts, *(table.to_markdown() for table in self.tables)])
+        notes = [f"Note: {note}" for note in self.notes]
+        return "\n\n".join([facts, *notes, *(table.to_markdown() for table in self.tables)])
 
     def save(self, folder: Path | str) -> None:
         """results.json, results.md and one CSV per table, each written atomically."""
@@ -103,10 +108,10 @@ class Results:
         write_json(folder / "results.json", self.to_dict())
         _write(folder / "results.md", self.to_markdown() + "\n")
         for table in self.tables:
-            _write(folder / f"{_file_name(table.title)}.csv", table.to_csv())
+            _write(folder / f"{file_name(table.title)}.csv", table.to_csv())
 
 
-def _file_name(title: str) -> str:
+def file_name(title: str) -> str:
     """Letters, digits and dashes only, so that a title cannot lead to another folder."""
     return re.sub(r"[^\w]+", "-", title.lower()).strip("-") or "table"
 

@@ -47,7 +47,8 @@ def bleu(reference: str, draft: str, *, order: int = 1) -> float:
     Tokens as in mteval-v13a, unsmoothed and case-sensitive; a draft that is too short for an
     order is scored by the orders that it has.
     """
-    return _bleu(order).sentence_score(draft, [reference]).score / 100
+    score = _bleu(order).sentence_score(draft, [reference]).score / 100
+    return min(1.0, score)  # equal texts have 100.00000000000004
 
 
 def rouge(reference: str, draft: str, *, kind: str = "rouge1") -> float:

@@ -119,7 +119,7 @@ def _scores(true: np.ndarray, given: np.ndarray, said: np.ndarray) -> np.ndarray
     f1_absent = _share(2 * rejected, 2 * count - positives - asserted)
     return np.array(
         [
-            _auroc(true, given),
+            auroc(true, given),
             f1,
             (positives * f1 + (count - positives) * f1_absent) / count,
             (hits + rejected) / count,
@@ -133,7 +133,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
 
 
-def _auroc(true: np.ndarray, given: np.ndarray) -> np.ndarray:
+def auroc(true: np.ndarray, given: np.ndarray) -> np.ndarray:
     """The share of pairs that are in order, ties half (Mann and Whitney); NaN for one class."""
     positives = true.sum(axis=0)
     pairs = (positives * (len(true) - positives)).astype(float)

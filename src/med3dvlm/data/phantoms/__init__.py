@@ -3,7 +3,13 @@
 from med3dvlm.data.phantoms.anatomy import PHASES, PLANES
 from med3dvlm.data.phantoms.finding import Finding, PlacedFinding
 from med3dvlm.data.phantoms.findings import FINDINGS, ORGANS
-from med3dvlm.data.phantoms.language import PHANTOM_TERMS, Question, find_findings
+from med3dvlm.data.phantoms.language import (
+    PHANTOM_TERMS,
+    Question,
+    ask_where,
+    ask_whether,
+    find_findings,
+)
 from med3dvlm.data.phantoms.layouts import LAYOUTS
 from med3dvlm.data.phantoms.study import (
     CONCEPTS,
@@ -35,6 +41,8 @@ __all__ = [
     "PhantomTruth",
     "PlacedFinding",
     "Question",
+    "ask_where",
+    "ask_whether",
     "concept_vector",
     "describe",
     "find_findings",

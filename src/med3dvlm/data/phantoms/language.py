@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -222,11 +222,30 @@ def _yes_no_questions(random: np.random.Generator, present: list[str]) -> list[Q
     questions = []
     for k in random.permutation(len(asked)):
         name, answer = asked[k]
-        finding = FINDINGS[name]
-        text = _pick(random, YES_NO_QUESTIONS)
-        text = text.format(finding=finding.asked, Is="Are" if finding.plural else "Is")
-        questions.append(Question(text, answer, "yes_no", 4, finding=name))
+        questions.append(ask_whether(random, name, answer))
     return questions
+
+
+def ask_whether(random: np.random.Generator, name: str, answer: str) -> Question:
+    """Is there this finding? yes or no."""
+    finding = FINDINGS[name]
+    text = _pick(random, YES_NO_QUESTIONS)
+    text = text.format(finding=finding.asked, Is="Are" if finding.plural else "Is")
+    return Question(text, answer, "yes_no", 4, finding=name)
+
+
+def ask_where(
+    random: np.random.Generator, placed: PlacedFinding, elsewhere: PlacedFinding
+) -> tuple[Question, Question]:
+    """One closed question with the same choices about a finding and the same one moved."""
+    finding = FINDINGS[placed.name]
+    texts = _about(SIDE_QUESTIONS if finding.location == "side" else WHERE_QUESTIONS, placed)
+    (here, others), (there, _) = _location(placed), _location(elsewhere)
+    rest = [value for value in others if value != there]
+    rest += ["midline"] if len(others) < 3 else []
+    asked = _closed(random, texts, here, rest, 5, there, placed.name)
+    letter = LETTERS[(asked.choices or ()).index(there)]
+    return asked, replace(asked, answer=there, answer_choice=letter)
 
 
 def _attribute_questions(random: np.random.Generator, placed: PlacedFinding) -> list[Question]:

@@ -1,0 +1,330 @@
+"""Questions: closed by likelihood and by the published string rule, yes or no, open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from med3dvlm.data.sources import Progress
+from med3dvlm.evaluate.statistics import interval_of
+from med3dvlm.evaluate.tables import Row
+from med3dvlm.evaluate.tasks.answerers import Answerer
+from med3dvlm.evaluate.tasks.cases import Cases
+from med3dvlm.evaluate.tasks.controls import (
+    BLANK,
+    SCAN,
+    Score,
+    Scorer,
+    Seen,
+    look,
+    look_blindly,
+    mean_score,
+)
+from med3dvlm.evaluate.tasks.plots import bars, confusion
+from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, begin
+from med3dvlm.evaluate.tasks.wording import average_rows, usable_metrics
+from med3dvlm.evaluate.vqa import TYPES, Answered, closed_table, letter_in, yes_no_table
+from med3dvlm.evaluate.wording import wording_scores
+
+Sample = dict[str, Any]
+KINDS = ("closed", "yes_no", "open")
+
+
+def evaluate_vqa(
+    answerer: Answerer,
+    cases: Cases,
+    *,
+    controls: int = 200,
+    by: str | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Run:
+    """All questions of some studies, with evidence controls on the first `controls` studies.
+
+    Raises:
+        ValueError: if no study has a question.
+    """
+    if not any(study["questions"] for study in cases.studies):
+        raise ValueError("no study has a question: prepare the store from a layout that has some.")
+    if answerer.preparation is None:
+        seen = look_blindly(cases, controls)
+    else:
+        seen = look(
+            {"language": answerer.see},
+            cases,
+            controls=controls,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )["language"]
+    run = begin("vqa", answerer.label, answerer.fingerprint(), cases)
+    answered = answer_conditions(answerer, cases, seen, batch_size=batch_size, progress=progress)
+    run.samples = answered[SCAN]
+    metrics = score_open(answered, run)
+    _add_tables(run, answered[SCAN], metrics)
+    scorer = vqa_scorer(answered, metrics)
+    add_evidence(run, scorer, cases, controls=controls, by=by)
+    _add_plots(run)
+    run.examples = _examples(cases, answered[SCAN])
+    return run
+
+
+def answer_conditions(
+    answerer: Answerer,
+    cases: Cases,
+    seen: Seen,
+    *,
+    written: bool = True,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, list[Sample]]:
+    """Every question with every volume that was seen, in the order of studies and questions.
+
+    Args:
+        written: ask for answers in words, too: open questions, and the string rule of closed
+            ones.
+    """
+    samples = {
+        condition: [s for i in range(len(rows)) for s in _questions(cases, i, written)]
+        for condition, rows in seen.items()
+    }
+    total, done = sum(len(of) for of in samples.values()), 0
+    for condition, rows in seen.items():
+        memory: dict[Any, str] = {}  # with a blank, the same words have the same answer
+        for sample in samples[condition]:
+            done += 1
+            if sample["kind"] == "open":
+                continue
+            key = (sample["question"], *(sample["choices"] or ()))
+            if condition != BLANK or key not in memory:
+                index = sample["index"]
+                memory[key] = _decide(answerer, rows[index : index + 1], sample)
+            sample["given"] = memory[key]
+            if progress:
+                progress(done, total)
+        if written:
+            for kind in ("closed", "open"):
+                of_kind = [sample for sample in samples[condition] if sample["kind"] == kind]
+                _write(answerer, rows, of_kind, batch_size)
+    return {condition: [_scored(sample) for sample in of] for condition, of in samples.items()}
+
+
+def _questions(cases: Cases, index: int, written: bool) -> list[Sample]:
+    study = cases.studies[index]
+    return [
+        {
+            "study": study["id"],
+            "sample": f"{study['id']}#{number}",
+            "index": index,
+            "kind": question["kind"],
+            "type": question["type"],
+            "question": question["text"],
+            "choices": list(question["choices"] or ()) or None,
+            "right": question["answer_choice"] or question["answer"],
+            "answer": question["answer"],
+            "given": None,
+            "text": None,
+        }
+        for number, question in enumerate(study["questions"] or ())
+        if question["kind"] in (KINDS if written else KINDS[:2])
+    ]
+
+
+def _decide(answerer: Answerer, seen: Tensor, sample: Sample) -> str:
+    if sample["kind"] == "yes_no":
+        return "yes" if answerer.says_yes(seen, sample["question"]) else "no"
+    return chr(ord("A") + answerer.choose(seen, sample["question"], sample["choices"]))
+
+
+def _write(answerer: Answerer, rows: Tensor, samples: Sequence[Sample], batch_size: int) -> None:
+    for first in range(0, len(samples), batch_size):
+        part = samples[first : first + batch_size]
+        seen = rows[torch.tensor([sample["index"] for sample in part])]
+        choices = [s["choices"] for s in part] if part[0]["kind"] == "closed" else None
+        texts = answerer.write(seen, [sample["question"] for sample in part], choices)
+        for sample, text in zip(part, texts, strict=True):
+            sample["text"] = text
+
+
+def _scored(sample: Sample) -> Sample:
+    scores: dict[str, float] = {}
+    if sample["kind"] != "open":
+        scores[f"{sample['kind']} accuracy"] = float(sample["given"] == sample["right"])
+    if sample["kind"] == "closed" and sample["text"] is not None:
+        scores["closed string rule"] = float(letter_in(sample["text"], sample["right"]))
+    return {**sample, "scores": scores}
+
+
+def score_open(answered: dict[str, list[Sample]], run: Run) -> list[str]:
+    """Give every open answer its wording scores; the names of the metrics."""
+    if not any(sample["kind"] == "open" for sample in answered[SCAN]):
+        return []
+    metrics = usable_metrics(run.results)
+    for samples in answered.values():
+        opened = [sample for sample in samples if sample["kind"] == "open"]
+        scores = (
+            wording_scores([s["answer"] for s in opened], [s["text"] for s in opened], metrics)
+            if opened
+            else {}
+        )
+        for name, values in scores.items():
+            for sample, value in zip(opened, values, strict=True):
+                sample["scores"][f"open {name}"] = value
+    return metrics
+
+
+# --- tables and scores ------------------------------------------------------------------------
+
+
+def closed_of(samples: Sequence[Sample]) -> list[Answered]:
+    return [
+        Answered(
+            type=s["type"],
+            right=s["right"],
+            given=s["given"],
+            choices=len(s["choices"]),
+            text=s["text"],
+            answer=s["answer"],
+        )
+        for s in samples
+        if s["kind"] == "closed"
+    ]
+
+
+def yes_no_of(samples: Sequence[Sample]) -> tuple[list[bool], list[bool]]:
+    """(right, given): whether each is yes."""
+    asked = [s for s in samples if s["kind"] == "yes_no"]
+    return [s["right"] == "yes" for s in asked], [s["given"] == "yes" for s in asked]
+
+
+def _add_tables(run: Run, samples: Sequence[Sample], metrics: Sequence[str]) -> None:
+    closed, (right, given) = closed_of(samples), yes_no_of(samples)
+    opened = [sample for sample in samples if sample["kind"] == "open"]
+    if closed:
+        run.results.add("Closed questions", closed_table(closed))
+    if right:
+        run.results.add("Yes or no", yes_no_table(right, given))
+    if opened:
+        rows = []
+        for kind in sorted({sample["type"] for sample in opened}):
+            of_type = [sample for sample in opened if sample["type"] == kind]
+            name = TYPES.get(kind, f"type {kind}")
+            rows += [{"type": name, **row} for row in average_rows(_open_scores(of_type, metrics))]
+        rows += [{"type": "all", **row} for row in average_rows(_open_scores(opened, metrics))]
+        run.results.add("Open questions", rows)
+
+
+def _open_scores(samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, list[float]]:
+    return {name: [s["scores"][f"open {name}"] for s in samples] for name in metrics}
+
+
+def vqa_scorer(answered: dict[str, list[Sample]], metrics: Sequence[str]) -> Scorer:
+    """The scores of some studies' questions, with one kind of volume."""
+
+    def scores(condition: str, chosen: Sequence[int]) -> list[Score]:
+        wanted = set(chosen)
+        samples = [s for s in answered[condition] if s["index"] in wanted]
+        closed = [s for s in samples if s["kind"] == "closed"]
+        found = _from_table("closed", closed_table(closed_of(samples)), closed, "type")
+        written = [s for s in closed if "closed string rule" in s["scores"]]
+        if written:
+            chance = float(np.mean([1 / len(s["choices"]) for s in written]))
+            values = [s["scores"]["closed string rule"] for s in written]
+            found.append(mean_score("closed, string rule", values, chance))
+        asked = [s for s in samples if s["kind"] == "yes_no"]
+        found += _from_table("yes or no", yes_no_table(*yes_no_of(samples)), asked, "right")
+        opened = [s for s in samples if s["kind"] == "open"]
+        if opened:
+            chance = _wording_by_chance(opened, metrics)
+            for name, values in _open_scores(opened, metrics).items():
+                found.append(mean_score(f"open, {name}", values, chance[name]))
+        return found
+
+    return scores
+
+
+def _from_table(
+    kind: str, rows: Sequence[Row], samples: Sequence[Sample], group: str
+) -> list[Score]:
+    """The accuracies of a table; a mean over groups gets the interval that the table lacks."""
+    found = []
+    for row in rows:
+        low, high = row["low"], row["high"]
+        if low is None:
+            names = [str(s[group]) for s in samples]
+            low, high = _interval_over_groups([s["given"] == s["right"] for s in samples], names)
+        name = f"{kind}, {next(iter(row.values()))}"
+        found.append(Score(name, row["accuracy"], low, high, row["chance"]))
+    return found
+
+
+def _interval_over_groups(correct: Sequence[bool], names: Sequence[str]) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of the groups' means."""
+    right = np.asarray(correct, dtype=float)
+    _, codes = np.unique(names, return_inverse=True)
+
+    def mean(chosen: np.ndarray) -> float:
+        counts = np.bincount(codes[chosen])
+        hits = np.bincount(codes[chosen], right[chosen])
+        return float((hits[counts > 0] / counts[counts > 0]).mean())
+
+    low, high = interval_of(mean, len(right))
+    return float(low), float(high)
+
+
+def _wording_by_chance(samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, float]:
+    """What the right answer to the next question of the same type would score."""
+    references, others = [], []
+    for kind in sorted({sample["type"] for sample in samples}):
+        answers = [sample["answer"] for sample in samples if sample["type"] == kind]
+        references += answers
+        others += answers[1:] + answers[:1]
+    scores = wording_scores(references, others, metrics)
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+# --- plots and examples -----------------------------------------------------------------------
+
+
+def _add_plots(run: Run) -> None:
+    closed = closed_of(run.samples)
+    if closed:
+        rows = closed_table(closed)
+        run.plots.append(("Closed questions by type", bars(rows, "type", "accuracy", "chance")))
+        letters = sorted({letter for a in closed for letter in (a.right, a.given)})
+        pairs = [(a.right, a.given) for a in closed]
+        run.plots.append(("Closed questions: right and given letter", confusion(pairs, letters)))
+    right, given = yes_no_of(run.samples)
+    if right:
+        words = {True: "yes", False: "no"}
+        pairs = [(words[r], words[g]) for r, g in zip(right, given, strict=True)]
+        run.plots.append(("Yes or no: right and given answer", confusion(pairs, ["yes", "no"])))
+
+
+def _examples(cases: Cases, samples: Sequence[Sample]) -> list[Example]:
+    columns = ("question", "right", "given", "written")
+    examples = []
+    for index in range(min(EXAMPLES, len(cases))):
+        rows = [
+            [
+                s["question"] + (f" ({', '.join(s['choices'])})" if s["choices"] else ""),
+                s["answer"],
+                _words(s),
+                s["text"] or "",
+            ]
+            for s in samples
+            if s["index"] == index
+        ]
+        examples.append(Example(cases.ids[index], cases.volume(index), columns, rows))
+    return examples
+
+
+def _words(sample: Sample) -> str:
+    if sample["kind"] == "closed":
+        return sample["choices"][ord(sample["given"]) - ord("A")]
+    return sample["given"] or ""

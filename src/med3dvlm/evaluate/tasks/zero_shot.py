@@ -1,0 +1,144 @@
+"""Findings without training for them: is "There is …" or "There is no …" nearer to the scan?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from med3dvlm.data.sources import Progress
+from med3dvlm.evaluate.statistics import interval_of
+from med3dvlm.evaluate.tasks.cases import Cases
+from med3dvlm.evaluate.tasks.controls import SCAN, Score, Scorer, look
+from med3dvlm.evaluate.tasks.plots import bars
+from med3dvlm.evaluate.tasks.report import concept_probabilities
+from med3dvlm.evaluate.tasks.retrieval import embeddings, see_with
+from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, begin
+from med3dvlm.evaluate.zero_shot import auroc, classification_table
+from med3dvlm.models import VolumeTextDualEncoder
+
+PRESENT, ABSENT = "There is {finding}.", "There is no {finding}."
+
+
+def evaluate_zero_shot(
+    dual: VolumeTextDualEncoder,
+    cases: Cases,
+    *,
+    present: str = PRESENT,
+    absent: str = ABSENT,
+    controls: int = 200,
+    by: str | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Run:
+    """AUROC, F1, accuracy, precision and recall of every labelled finding, as CT-RATE has them.
+
+    Where the model has a head for the findings, its probabilities are scored beside.
+
+    Args:
+        present, absent: prompts; `{finding}` is replaced by the name, in lower case.
+
+    Raises:
+        ValueError: for studies without labels of a known vocabulary, or prompts without
+            `{finding}`.
+    """
+    true = cases.finding_matrix()
+    names = list(cases.terms or {})
+    prompts = prompt_embeddings(dual, names, present, absent)
+    see = {"search": see_with(dual)}
+    seen = look(see, cases, controls=controls, batch_size=batch_size, seed=seed, progress=progress)[
+        "search"
+    ]
+    given = {
+        condition: prompt_probabilities(dual, embeddings(dual, pooled), prompts)
+        for condition, pooled in seen.items()
+    }
+    run = begin("zero-shot", dual.label, dual.fingerprint(), cases)
+    table = classification_table(true, given[SCAN], names)
+    run.results.add("Findings from prompts", table)
+    if dual.concept_head is not None and set(names) <= set(dual.config.concepts):
+        head = concept_probabilities(dual, seen[SCAN], names)
+        run.results.add("Findings from the concept head", classification_table(true, head, names))
+    add_evidence(run, zero_shot_scorer(true, given, names), cases, controls=controls, by=by)
+    limits = np.array([row["threshold"] for row in table[:-1]], dtype=float)
+    said = given[SCAN] > limits
+    run.samples = [
+        {
+            "study": name,
+            "sample": name,
+            "probabilities": dict(zip(names, map(float, given[SCAN][i]), strict=True)),
+            "scores": {"accuracy": float((said[i] == true[i]).mean())},
+        }
+        for i, name in enumerate(cases.ids)
+    ]
+    ends = [{**r, "low": r["AUROC low"], "high": r["AUROC high"], "chance": 0.5} for r in table]
+    run.plots.append(("AUROC of findings from prompts", bars(ends, "finding", "AUROC", "chance")))
+    run.examples = _examples(cases, names, true, given[SCAN])
+    return run
+
+
+def prompt_embeddings(
+    dual: VolumeTextDualEncoder, names: Sequence[str], present: str, absent: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(names, dim) of what says that a finding is there, and that it is not."""
+    for option, prompt in (("present", present), ("absent", absent)):
+        if "{finding}" not in prompt:
+            raise ValueError(f"--{option} {prompt!r} holds no {{finding}}: say where it goes.")
+    spoken = [name.lower() for name in names]
+    there, not_there = (
+        dual.embed_texts([prompt.replace("{finding}", name) for name in spoken])
+        for prompt in (present, absent)
+    )
+    return there, not_there
+
+
+def prompt_probabilities(
+    dual: VolumeTextDualEncoder, images: np.ndarray, prompts: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """(n, names): the softmax over the two prompts, at the temperature that the model learned."""
+    loss = dual.loss
+    learned = loss.t_prime if hasattr(loss, "t_prime") else loss.log_scale
+    margin = (images @ (prompts[0] - prompts[1]).T) * float(learned.detach().exp())
+    return torch.from_numpy(margin).sigmoid().numpy()
+
+
+def zero_shot_scorer(
+    true: np.ndarray, given: dict[str, np.ndarray], names: Sequence[str]
+) -> Scorer:
+    """The mean AUROC over findings of some studies, with one kind of volume."""
+
+    def scores(condition: str, chosen: Sequence[int]) -> list[Score]:
+        wanted = np.asarray(list(chosen))
+        labels, values = true[wanted], given[condition][wanted]
+        found = _mean_auroc(labels, values)
+        if not np.isfinite(found):
+            return []
+        low, high = interval_of(lambda some: _mean_auroc(labels[some], values[some]), len(wanted))
+        return [Score("AUROC, mean of findings", found, float(low), float(high), 0.5)]
+
+    return scores
+
+
+def _mean_auroc(true: np.ndarray, given: np.ndarray) -> float:
+    each = auroc(true, given)
+    return float(np.nanmean(each)) if np.isfinite(each).any() else float("nan")
+
+
+def _examples(
+    cases: Cases, names: Sequence[str], true: np.ndarray, given: np.ndarray
+) -> list[Example]:
+    columns = ("finding", "true", "probability")
+    return [
+        Example(
+            cases.ids[i],
+            cases.volume(i),
+            columns,
+            [
+                [name, "present" if there else "absent", f"{value:.2f}"]
+                for name, there, value in zip(names, true[i], given[i], strict=True)
+            ],
+        )
+        for i in range(min(EXAMPLES, len(cases)))
+    ]
