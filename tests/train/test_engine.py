@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +20,7 @@ from typer.testing import CliRunner
 
 from med3dvlm import hub
 from med3dvlm.cli import app
-from med3dvlm.data.store import Store
+from med3dvlm.data.store import MANIFEST, Store
 from med3dvlm.models import DCFormer, DCFormerConfig, Med3DVLM
 from med3dvlm.models.published import save_published
 from med3dvlm.train import RecipeError, load_recipe, train
@@ -277,6 +280,25 @@ def test_studies_that_are_watched_are_not_trained_on(aligned, tmp_path, store): 
     with pytest.raises(RecipeError, match="has 0 of split 'validation'"):
         changes = ["data.phantoms=0", "data.validation.studies=3", "training.evaluate_steps=1"]
         contrastive_job(load_recipe(recipe(tmp_path, store), changes))
+
+
+def test_only_the_split_that_is_named_is_trained_on(tmp_path, store):  # noqa: F811
+    folder = tmp_path / "store"
+    shutil.copytree(store, folder)
+    table = parquet.read_table(folder / MANIFEST)
+    splits = pa.array([["train"]] * 5 + [["test"]] * 3, table.schema.field("splits").type)
+    column = table.schema.get_field_index("splits")
+    parquet.write_table(table.set_column(column, "splits", splits), folder / MANIFEST)
+    path, ids = recipe(tmp_path, folder), table["id"].to_pylist()
+
+    def trained(*changes: str) -> list[str]:
+        return contrastive_job(load_recipe(path, ["data.phantoms=0", *changes])).dataset.store.ids
+
+    assert trained() == ids[:5]
+    assert trained(f"data.skip=[{ids[1]}]") == [ids[0], *ids[2:5]]
+    assert trained("data.split=test", "training.batch_size=2") == ids[5:]
+    with pytest.raises(RecipeError, match="only 0 studies of split 'validation'"):
+        trained("data.split=validation")
 
 
 # --- language models and text encoders --------------------------------------------------------

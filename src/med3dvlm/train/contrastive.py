@@ -8,7 +8,7 @@ is fitted to them in minutes (locked-image tuning, arXiv 2111.07991).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,6 +168,8 @@ def open_studies(
 ) -> Studies:
     """The recipe's prepared studies; phantoms are generated where they are not there yet.
 
+    Of a store that is there, those of `data.split` alone, less the ones that are watched.
+
     Raises:
         RecipeError: if there are fewer studies than the recipe needs.
     """
@@ -195,24 +197,34 @@ def open_studies(
         if wanted.studies:
             validation = phantoms(f"{data.store}-validation", wanted.studies, wanted.split)
     else:
-        train = Store(data.store, skip=data.skip)
-        train.check_preparation(preparation)
+        store = Store(data.store, skip=data.skip)
+        store.check_preparation(preparation)
+        held_out = _ids(store, wanted.split)[: wanted.studies]
+        if len(held_out) < wanted.studies:
+            raise RecipeError(
+                f"data.validation.studies is {wanted.studies}, but {data.store} has "
+                f"{len(held_out)} of split {wanted.split!r}: ask for fewer."
+            )
         if wanted.studies:
-            held_out = [train.ids[i] for i in train.in_split(wanted.split)[: wanted.studies]]
-            if len(held_out) < wanted.studies:
-                raise RecipeError(
-                    f"data.validation.studies is {wanted.studies}, but {data.store} has "
-                    f"{len(held_out)} of split {wanted.split!r}: ask for fewer."
-                )
-            others = set(train.ids) - set(held_out)
-            validation = Store(data.store, skip=[*data.skip, *others])
-            train = Store(data.store, skip=[*data.skip, *held_out])
+            validation = _only(store, held_out, data)
+        train = _only(store, set(_ids(store, data.split)) - set(held_out), data)
     if len(train) < recipe.training.batch_size:
         raise RecipeError(
             f"training.batch_size is {recipe.training.batch_size}, but there are only "
-            f"{len(train)} studies to train on: lower it."
+            f"{len(train)} studies of split {data.split!r} to train on: lower it, or choose "
+            "another data.split."
         )
     return Studies(train, validation)
+
+
+def _ids(store: Store, split: str) -> list[str]:
+    return [store.ids[index] for index in store.in_split(split)]
+
+
+def _only(store: Store, ids: Collection[str], data: DataRecipe) -> Store:
+    """The store with none but these studies."""
+    chosen = set(ids)
+    return Store(data.store, skip=[*data.skip, *(i for i in store.ids if i not in chosen)])
 
 
 def all_texts(store: Store) -> list[str]:
