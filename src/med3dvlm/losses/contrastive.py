@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from med3dvlm.losses.ring import data_group, gathered_infonce_loss, ring_siglip_loss
+
 
 def siglip_loss(images: Tensor, texts: Tensor, *, t_prime: Tensor, bias: Tensor) -> Tensor:
     """The pairwise sigmoid loss (SigLIP, ICCV 2023, algorithm 1).
@@ -40,7 +42,10 @@ def infonce_loss(images: Tensor, texts: Tensor, *, logit_scale: Tensor) -> Tenso
 
 
 class SigLIPLoss(nn.Module):
-    """:func:`siglip_loss` with its two learned scalars, t' from log 10 and b from -10."""
+    """:func:`siglip_loss` with its two learned scalars, t' from log 10 and b from -10.
+
+    Computed in blocks; in training over the pairs of all ranks, else over this process's own.
+    """
 
     def __init__(self):
         super().__init__()
@@ -48,18 +53,34 @@ class SigLIPLoss(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-10.0))
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
-        return siglip_loss(images, texts, t_prime=self.t_prime, bias=self.bias)
+        group = data_group() if self.training else None
+        with torch.autocast(images.device.type, enabled=False):
+            images, texts = _at_least_float32(images), _at_least_float32(texts)
+            return ring_siglip_loss(
+                images, texts, t_prime=self.t_prime, bias=self.bias, group=group
+            )
 
 
 class InfoNCELoss(nn.Module):
-    """:func:`infonce_loss` with a learned logit scale, from 1/0.07, at most 100 as in CLIP."""
+    """:func:`infonce_loss` with a learned logit scale, from 1/0.07, at most 100 as in CLIP.
+
+    In training over the pairs of all ranks, else over this process's own.
+    """
 
     def __init__(self):
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
-        return infonce_loss(images, texts, logit_scale=self.log_scale.exp().clamp(max=100))
+        scale = self.log_scale.exp().clamp(max=100)
+        group = data_group() if self.training else None
+        if group is None:
+            return infonce_loss(images, texts, logit_scale=scale)
+        return gathered_infonce_loss(images, texts, logit_scale=scale, group=group)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 LOSSES: dict[str, type[nn.Module]] = {"siglip": SigLIPLoss, "infonce": InfoNCELoss}
