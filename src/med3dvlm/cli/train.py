@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -75,13 +76,16 @@ def _train(
         raise RecipeError(
             f"{path} is a recipe for {recipe.stage}: use med3dvlm train {recipe.stage}."
         )
+    main = os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate number processes
     with common.progress_bar("preparing studies") as progress:
         if dry_run:
             from med3dvlm.train.plan import plan
 
             planned = plan(recipe, progress=progress)
         else:
-            train(recipe, progress=progress)
+            train(recipe, progress=progress if main else None)
+    if not main:
+        return
     if not dry_run:
         typer.echo(f"{recipe.output}: trained")
     elif as_json:

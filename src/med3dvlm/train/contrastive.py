@@ -32,6 +32,7 @@ from med3dvlm.models import (
 from med3dvlm.models.checkpoint import as_config
 from med3dvlm.scan import Preparation
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.ranks import main_first
 from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError, check_keys
 from med3dvlm.train.tokenizer import train_tokenizer
 
@@ -178,15 +179,16 @@ def open_studies(
     if data.phantoms:
 
         def phantoms(folder: str, count: int, split: str) -> Store:
-            return prepare_phantoms(
-                folder,
-                count,
-                split=split,
-                seed=data.seed,
-                preparation=preparation,
-                workers=data.workers,
-                progress=progress,
-            )
+            with main_first():
+                return prepare_phantoms(
+                    folder,
+                    count,
+                    split=split,
+                    seed=data.seed,
+                    preparation=preparation,
+                    workers=data.workers,
+                    progress=progress,
+                )
 
         if wanted.studies and wanted.split == data.split:
             raise RecipeError(

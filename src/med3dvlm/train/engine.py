@@ -28,6 +28,7 @@ from med3dvlm.train.checkpoints import (
     publish,
     result_folder,
 )
+from med3dvlm.train.ranks import as_on_main, is_main, main_first
 from med3dvlm.train.recipe import Recipe, RecipeError
 
 SAMPLES = "samples.jsonl"
@@ -80,7 +81,8 @@ def fit(job: Job, recipe: Recipe) -> dict[str, float]:
     """
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
-    last = last_checkpoint(checkpoints)
+    with main_first():
+        last = last_checkpoint(checkpoints)
     trainer = _Trainer(
         job.learner,
         training_arguments(recipe),
@@ -98,7 +100,8 @@ def fit(job: Job, recipe: Recipe) -> dict[str, float]:
     result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.average is not None:
         trainer.average.copy_to_model()
-    write_json(output / "history.json", trainer.state.log_history)
+    if is_main():
+        write_json(output / "history.json", trainer.state.log_history)
     return result.metrics
 
 
@@ -291,12 +294,14 @@ class _TimeLimit(TrainerCallback):
     """Stops after a number of minutes, and lowers the rate so that it ends low by then.
 
     The cosine schedule counts steps; a run cut short by the clock would end at a high rate. So
-    the last fifth of the time scales the rate down to zero in a straight line.
+    the last fifth of the time scales the rate down to zero in a straight line. All ranks go by
+    the main process's clock, or their weights would part.
     """
 
     def __init__(self, minutes: float | None):
         self.seconds = None if minutes is None else 60 * minutes
         self.start = time.monotonic()
+        self.passed = 0.0  # share of the time
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start = time.monotonic()
@@ -304,14 +309,14 @@ class _TimeLimit(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.seconds is None:
             return
-        left = 1 - (time.monotonic() - self.start) / self.seconds
+        self.passed = as_on_main((time.monotonic() - self.start) / self.seconds)
         scheduler, optimizer = kwargs["lr_scheduler"], kwargs["optimizer"]
-        factor = min(1.0, max(0.0, 5 * left))
+        factor = min(1.0, max(0.0, 5 * (1 - self.passed)))
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate * factor
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.seconds is not None and time.monotonic() - self.start > self.seconds:
+        if self.seconds is not None and self.passed > 1:
             control.should_training_stop = True
 
 
@@ -344,6 +349,8 @@ def save_result(model: Any, recipe: Recipe, metrics: dict[str, float], **facts: 
     """Write the trained model and training.json: the recipe, what was measured, the facts."""
     from omegaconf import OmegaConf
 
+    if not is_main():
+        return
     settings = OmegaConf.to_container(OmegaConf.structured(recipe))
     with result_folder(Path(recipe.output)) as folder:
         model.save_pretrained(folder)

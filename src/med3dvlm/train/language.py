@@ -31,6 +31,7 @@ from med3dvlm.models import (
 from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
 from med3dvlm.train.contrastive import batches, open_studies, part_settings
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.ranks import is_main
 from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_keys
 
 
@@ -150,6 +151,8 @@ def _with_lora(model: Med3DVLM, recipe: Recipe) -> Any:
 
 def save_adapter(learner: Any, recipe: Recipe) -> None:
     """PEFT's own format, with the parts that were trained in full, in `<output>/adapter`."""
+    if not is_main():
+        return
     learner.peft_config["default"].base_model_name_or_path = str(recipe.start)
     with atomic_folder(Path(recipe.output, "adapter")) as folder:
         learner.save_pretrained(folder)
