@@ -55,9 +55,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path, store):  # noqa: F811
     moved = [name for name in alone if not torch.equal(alone[name], before[name])]
     assert len(moved) > 10
     for name, tensor in alone.items():
-        torch.testing.assert_close(
-            together[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
     history = json.loads((output / "history.json").read_text())
     steps = [entry["step"] for entry in history if "loss" in entry]
     assert steps == [1, 2, 3, 4]

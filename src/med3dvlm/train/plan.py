@@ -101,10 +101,11 @@ def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
     validation = replace(data.validation, studies=0)
     if there:
         store = Store(data.store, skip=data.skip)
-        count = len(store) - (0 if data.phantoms else data.validation.studies)
-        few = replace(
-            data, phantoms=0, skip=[*data.skip, *store.ids[STUDIES:]], validation=validation
-        )
+        chosen = [store.ids[index] for index in store.in_split(data.split)]
+        count = len(chosen)
+        if not data.phantoms and data.validation.split == data.split:
+            count -= data.validation.studies
+        few = replace(data, phantoms=0, skip=[*data.skip, *chosen[STUDIES:]], validation=validation)
     else:
         count, folder = data.phantoms, str(scratch / "phantoms")
         few = replace(data, store=folder, phantoms=min(STUDIES, count), validation=validation)
