@@ -26,7 +26,8 @@ from med3dvlm.models.published import save_published
 from med3dvlm.train import RecipeError, load_recipe, train
 from med3dvlm.train.average import WeightAverage
 from med3dvlm.train.contrastive import contrastive_job
-from med3dvlm.train.language import _with_lora, language_job, merge_adapter
+from med3dvlm.train.language import language_job
+from med3dvlm.train.lora import merge_adapter, with_adapters
 from med3dvlm.train.plan import plan
 from med3dvlm.train.recipe import Recipe
 from tests.models.published_folders import vlm_folder
@@ -311,7 +312,7 @@ def test_merged_adapters_compute_what_the_adapters_computed(aligned, store, tmp_
     followed = load_recipe(path)
     torch.manual_seed(0)
     model = hub.load(aligned / "alignment")
-    learner = _with_lora(model, followed)
+    learner = with_adapters(model, followed)
     for name, parameter in learner.named_parameters():
         if "lora_B" in name:  # zero at first
             torch.nn.init.normal_(parameter, std=0.1)
@@ -335,7 +336,7 @@ def test_merged_adapters_are_exported_to_the_published_layout_and_back(tmp_path)
     folder, _ = vlm_folder(tmp_path / "published")
     model = hub.load(folder)
     lora = Recipe(stage="instruction", output="", train=[], lora={"r": 2})
-    learner = _with_lora(model, lora)
+    learner = with_adapters(model, lora)
     torch.manual_seed(0)
     for name, parameter in learner.named_parameters():
         if "lora_B" in name:
@@ -409,3 +410,30 @@ def test_a_text_encoder_comes_with_its_weights_and_tokenizer(tmp_path, store):  
     followed.model["text_encoder"] = str(tmp_path / "none")
     with pytest.raises(RecipeError, match=r"model.text_encoder: folder .*none does not exist"):
         train(followed)
+
+
+def test_adapters_over_4_bits_are_merged_into_the_whole_weights(aligned, store, tmp_path):  # noqa: F811
+    path = language_recipe(
+        tmp_path,
+        store,
+        "instruction",
+        str(aligned / "alignment"),
+        train=["projector"],
+        lora={"r": 2},
+        quantize="nf4",
+        training={"batch_size": 4, "epochs": 2, "loggers": [], "learning_rate": 1e-2},
+    )
+    job = language_job(load_recipe(path))
+    packed = [p for p in job.learner.parameters() if p.dtype == torch.uint8]
+    assert len(packed) == 7 and not any(p.requires_grad for p in packed)  # of one block
+    before = hub.load(aligned / "alignment").state_dict()
+    after = train(load_recipe(path)).state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == before[name].dtype, name
+    change = {name: after[name] - before[name] for name in before if "_proj.weight" in name}
+    assert all(0 < torch.linalg.matrix_rank(delta) <= 2 for delta in change.values())
+    assert torch.equal(
+        after["language_model.model.embed_tokens.weight"],
+        before["language_model.model.embed_tokens.weight"],
+    )

@@ -106,7 +106,7 @@ def merge(
     if output.exists() and not force:
         raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
     from med3dvlm.files import atomic_folder
-    from med3dvlm.train.language import merge_adapter
+    from med3dvlm.train.lora import merge_adapter
 
     with common.errors.status(f"merging {adapter}"):
         model = merge_adapter(adapter, base)

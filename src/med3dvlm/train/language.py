@@ -8,7 +8,6 @@ streams are computed once per study and kept in memory, which makes these stages
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,7 @@ from torch.utils.data import Dataset
 from med3dvlm.data.prompts import CAPTION_PROMPTS, REPORT_PROMPTS
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Quantisation, Store
-from med3dvlm.files import atomic_folder
-from med3dvlm.hub import CheckpointError, load, load_exact
+from med3dvlm.hub import load
 from med3dvlm.models import (
     Med3DVLM,
     Med3DVLMConfig,
@@ -31,7 +29,7 @@ from med3dvlm.models import (
 from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
 from med3dvlm.train.contrastive import batches, open_studies, part_settings
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
-from med3dvlm.train.ranks import is_main
+from med3dvlm.train.lora import merged, quantize, save_adapter, with_adapters
 from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_keys
 
 
@@ -41,22 +39,22 @@ def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3D
     metrics = fit(job, recipe)
     if recipe.keep_adapter:
         save_adapter(job.learner, recipe)
-    model = job.learner.merge_and_unload() if recipe.lora else job.model
+    model = job.model
+    if recipe.lora:
+        model = merged(job.learner, recipe, lambda: start_model(recipe))
     save_result(model, recipe, metrics, studies=len(job.dataset))
     return model.eval()
 
 
 def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     """The model and the studies of an alignment or instruction recipe."""
-    if recipe.start is None:
-        raise RecipeError("start is missing: name the checkpoint to start from.")
-    torch.manual_seed(recipe.training.seed)
-    start = load(recipe.start)
-    model = start if isinstance(start, Med3DVLM) else _from_dual_encoder(start, recipe)
     if not recipe.train:
         raise RecipeError("train is empty: name the parts that learn, for example projector.")
+    model = start_model(recipe)
     freeze_all_but(model, recipe.train)
-    learner = _with_lora(model, recipe)
+    if recipe.quantize:
+        quantize(model)
+    learner = with_adapters(model, recipe) if recipe.lora else model
     studies = open_studies(recipe, model.preparation, progress=progress)
     frozen = "vision_encoder" not in recipe.train
 
@@ -81,6 +79,15 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
         measure = TaskMeasure(model, held_out, collate, recipe.training)
         validation = Validation(held_out, measure)
     return Job(model, learner, train, collate, validation, encoding_s)
+
+
+def start_model(recipe: Recipe) -> Med3DVLM:
+    """What the run begins with: the same each time, for what is new is drawn from the seed."""
+    if recipe.start is None:
+        raise RecipeError("start is missing: name the checkpoint to start from.")
+    torch.manual_seed(recipe.training.seed)
+    start = load(recipe.start)
+    return start if isinstance(start, Med3DVLM) else _from_dual_encoder(start, recipe)
 
 
 def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
@@ -134,55 +141,6 @@ def _load_language_model(model: Med3DVLM, name: str, vocabulary: int) -> None:
         language_model.resize_token_embeddings(vocabulary)
     model.language_model = language_model
     model.config.text_config = language_model.config
-
-
-def _with_lora(model: Med3DVLM, recipe: Recipe) -> Any:
-    if not recipe.lora:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    settings = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, **recipe.lora}
-    linear = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    config = LoraConfig(
-        target_modules=linear, modules_to_save=list(recipe.train) or None, **settings
-    )
-    return get_peft_model(model, config)
-
-
-def save_adapter(learner: Any, recipe: Recipe) -> None:
-    """PEFT's own format, with the parts that were trained in full, in `<output>/adapter`."""
-    if not is_main():
-        return
-    learner.peft_config["default"].base_model_name_or_path = str(recipe.start)
-    with atomic_folder(Path(recipe.output, "adapter")) as folder:
-        learner.save_pretrained(folder)
-
-
-def merge_adapter(adapter: Path, base: str | None = None) -> Med3DVLM:
-    """The model that a run with `keep_adapter` ended in, from its adapter and what it began with.
-
-    Args:
-        base: the checkpoint the run began with, where it is not any more where the run found it.
-
-    Raises:
-        CheckpointError: for a folder that is no adapter, or a base that it does not belong to.
-    """
-    from peft import PeftConfig, PeftModel
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise CheckpointError(f"{adapter} is no adapter: it has no adapter_config.json.")
-    name = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if name is None:
-        raise CheckpointError(f"{adapter} does not say what it was trained on: give --base.")
-    model = load_exact(name)
-    if not isinstance(model, Med3DVLM):
-        raise CheckpointError(f"{name} is no language model: give --base, what {adapter} began as.")
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().eval()
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{adapter} does not belong to {name}: give --base, what its run began with."
-        ) from error
 
 
 @torch.inference_mode()

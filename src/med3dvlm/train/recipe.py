@@ -114,6 +114,7 @@ class Recipe:
     train: list[str] = field(default_factory=list)
     anew: list[str] = field(default_factory=list)
     lora: dict[str, Any] | None = None
+    quantize: str | None = None  # with lora: nf4 holds the frozen language model in 4 bits (QLoRA)
     keep_adapter: bool = False  # with lora: save the adapters beside the merged model too
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
@@ -232,6 +233,13 @@ def check_settings(recipe: Recipe) -> None:
         )
     if recipe.keep_adapter and not recipe.lora:
         raise RecipeError("keep_adapter needs lora: there is no adapter to keep without.")
+    if recipe.quantize not in (None, "nf4"):
+        raise RecipeError(f"quantize {recipe.quantize!r} is unknown: use nf4, or leave it out.")
+    if recipe.quantize and (not recipe.lora or "language_model" in recipe.train):
+        raise RecipeError(
+            "quantize needs lora, and a language model that is not in train: weights in 4 bits "
+            "cannot learn."
+        )
     if recipe.lora is not None and recipe.stage == "contrastive":
         raise RecipeError("lora needs a language model, which a contrastive recipe does not train.")
 
@@ -247,6 +255,8 @@ def check_needs(recipe: Recipe) -> None:
             raise RecipeError(
                 f"training.loggers: {name} is not installed: pip install {name}, or leave it out."
             )
+    if recipe.quantize and find_spec("bitsandbytes") is None:
+        raise RecipeError("quantize needs bitsandbytes: pip install 'med3dvlm[quantize]'.")
     if recipe.stage != "contrastive" and recipe.start is None:
         raise RecipeError("start is missing: name the checkpoint to start from.")
     _check_checkpoint("start", recipe.start)
