@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -23,10 +24,15 @@ from typer.testing import CliRunner
 
 from med3dvlm.cli import app
 from med3dvlm.data.layouts import LAYOUTS, phantom_sources
-from med3dvlm.data.phantoms import make_study, write_studies
-from med3dvlm.data.prepare import Prepared, prepare_archive, prepare_sources
+from med3dvlm.data.phantoms import FINDINGS, make_study, write_studies
+from med3dvlm.data.prepare import (
+    Prepared,
+    prepare_archive,
+    prepare_phantoms,
+    prepare_sources,
+)
 from med3dvlm.data.store import Quantisation, Store, StoreError
-from med3dvlm.scan import Preparation, prepare
+from med3dvlm.scan import PRESETS, Preparation, prepare
 
 COUNT = 10
 M3D = Preparation(
@@ -212,7 +218,7 @@ import sys
 from pathlib import Path
 from med3dvlm.data.layouts import LAYOUTS, phantom_sources
 from med3dvlm.data.prepare import prepare_sources
-from med3dvlm.scan import Preparation, prepare
+from med3dvlm.scan import PRESETS, Preparation, prepare
 
 preparation = Preparation.load(sys.argv[2])
 prepare_sources(
@@ -335,3 +341,25 @@ def test_show_and_stats(store, tmp_path):
     assert Image.open(plot).width == 1200
     run = CliRunner().invoke(app, ["data", "show", str(store), "--study", "x", "-o", str(picture)])
     assert run.exit_code == 1 and "holds no study 'x'" in str(run.exception)
+
+
+def test_the_store_knows_where_findings_can_be_seen(tmp_path):
+    preparation = replace(PRESETS["demo"], size=(48, 96, 96))
+    store = prepare_phantoms(tmp_path / "s", 6, split="test", preparation=preparation, workers=1)
+    assert store.placed == list(FINDINGS)
+    solid = 0
+    for index in range(len(store)):
+        study = make_study(index, split="test")
+        places = store.places(index)
+        assert places.shape == (len(FINDINGS), 6, 12, 12)
+        there = [study.truth.has(name) for name in FINDINGS]
+        assert places.any(axis=(1, 2, 3)).tolist() == there
+        mm = np.array(preparation.spacing_mm)
+        for placed in study.truth.findings:
+            if placed.size_mm is None or placed.name == "Lymphadenopathy":  # of several parts
+                continue
+            centre = np.array(placed.centre_mm[::-1]) / mm + (np.array(preparation.size) - 1) / 2
+            cell = tuple((centre / 8).astype(int))
+            assert places[list(FINDINGS).index(placed.name)][cell] > 128, placed
+            solid += 1
+    assert solid >= 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from med3dvlm import hub
 from med3dvlm.models import DualEncoderConfig
@@ -78,3 +79,33 @@ def test_saved_and_loaded(tmp_path):
 def test_unknown_loss():
     with pytest.raises(ValueError, match="loss 'triplet' is unknown"):
         DualEncoderConfig(loss="triplet")
+
+
+def test_place_heads_lose_what_the_formula_says():
+    model = tiny.dual(places=["nodule", "cyst"], place_loss_weight=2.0)
+    torch.manual_seed(0)
+    volumes = torch.rand(2, 1, *tiny.SIZE)
+    places = torch.zeros(2, 2, 4, 4, 4)
+    places[0, 1, 3, 3, 0] = 1.0  # one cell, in a corner
+    places[1, 0, 1:3, 2, 2] = 0.5
+    tokens = {"input_ids": torch.tensor([[1, 2, 3], [1, 4, 3]])}
+    model.eval()
+    with torch.no_grad():
+        out = model(volumes=volumes, places=places, **tokens)
+        plain = model(volumes=volumes, **tokens)
+        streams = model.vision_encoder(volumes)[1:]
+    total, grid = 0.0, places
+    for head, stream in zip(model.place_heads, streams, strict=True):
+        p = (head(stream) - 4).transpose(1, 2).reshape(grid.shape).sigmoid()
+        count = grid[0, 0].numel()
+        for study in range(2):
+            for label in range(2):
+                there, seen = grid[study, label], p[study, label]
+                if there.any():
+                    total -= float((there * seen.log()).sum() / there.sum().sqrt()) / 4
+                nothing = -((1 - there) * (1 - seen).log()).mean()
+                total += float(2 * count**0.5 * nothing) / 4
+        grid = F.max_pool3d(grid, 2, ceil_mode=True)
+    assert float(out.place_loss) == pytest.approx(total, rel=1e-5)
+    assert float(out.loss) == pytest.approx(float(plain.loss) + 2 * total, rel=1e-5)
+    assert plain.place_loss is None

@@ -162,3 +162,26 @@ def test_lora_trains_adapters_only(model):
     adapted(**batch, volumes=torch.rand(2, 1, *tiny.SIZE)).loss.backward()
     learned = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert learned and all("lora" in name for name in learned)
+
+
+def test_weights_of_labels_make_answers_count_alike(model):
+    batch = model.processor.training_batch(["What?", "Where?"], ["left effusion on the left", "no"])
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "visual_tokens": model.see([tiny.scan(0), tiny.scan(1)]),
+    }
+    labels = batch["labels"]
+    counts = (labels != IGNORED).float()
+    with torch.no_grad():
+        plain = model(**inputs, labels=labels).loss
+        even = model(**inputs, labels=labels, loss_weights=7 * counts).loss
+        by_answer = counts / counts.sum(1, keepdim=True)
+        answers = model(**inputs, labels=labels, loss_weights=by_answer).loss
+        each = [
+            model(input_ids=ids[None], visual_tokens=visual[None], labels=row[None]).loss
+            for ids, visual, row in zip(*inputs.values(), labels, strict=True)
+        ]
+        part = model(**inputs, labels=labels, loss_weights=by_answer, num_items_in_batch=100).loss
+    assert float(even) == pytest.approx(float(plain), rel=1e-5)
+    assert float(answers) == pytest.approx(float(sum(each)) / 2, rel=1e-5)
+    assert float(part) == pytest.approx(float(answers) * float(counts.sum()) / 100, rel=1e-5)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from med3dvlm.data.layouts import LAYOUTS, Layout, phantom_sources
 from med3dvlm.data.leakage import GRID, Crossing, find_crossings, fingerprint
 from med3dvlm.data.sources import Progress, Source, SourceError, absolute, content_hash
 from med3dvlm.data.store import (
+    CELL,
     CROSSINGS,
     FORMAT,
     MANIFEST,
@@ -45,10 +46,11 @@ from med3dvlm.data.store import (
     Quantisation,
     Store,
     StoreError,
+    cell_grid,
     create_volumes,
 )
 from med3dvlm.files import atomic_file, write_json
-from med3dvlm.scan import Preparation, ScanError, prepare
+from med3dvlm.scan import Preparation, Scan, ScanError, prepare
 
 SHARD_BYTES = 64 * 2**20  # of prepared values; a worker holds one shard
 WORK = "work"  # a folder of the store while it is made
@@ -262,8 +264,10 @@ def _one_thread() -> Iterator[None]:
 def _prepared(
     job: Job, layout: Layout, source: Source, quantisation: Quantisation
 ) -> tuple[dict[str, Any], np.ndarray]:
-    scan, source = layout.read(source)
+    found = source
+    scan, source = layout.read(found)
     volume = prepare(scan, job.preparation)[0]
+    masks = layout.masks(found) if layout.masks else {}
     stored = quantisation.encode(volume)
     row = {
         "id": source.id,
@@ -273,6 +277,10 @@ def _prepared(
         "caption": source.caption,
         "questions": list(source.questions),
         "labels": list(source.labels),
+        "places": [
+            {"label": name, "cells": _cells(mask, scan, job.preparation).tobytes().hex()}
+            for name, mask in masks.items()
+        ],
         "source": _relative(source.path, job.root),
         "source_sha256": content_hash(source.path),
         "volume_sha256": hashlib.sha256(stored.tobytes()).hexdigest(),
@@ -285,6 +293,16 @@ def _prepared(
         "metadata": json.dumps(source.metadata, ensure_ascii=False, sort_keys=True),
     }
     return row, stored
+
+
+def _cells(mask: np.ndarray, scan: Scan, preparation: Preparation) -> np.ndarray:
+    """The fullest voxel of each cell of the prepared volume, as uint8: `cell_grid` of them."""
+    whole = replace(preparation, intensity="window", window=((0.0, 0.0), (1.0, 1.0)), pad_value=0.0)
+    filled = prepare(replace(scan, array=mask.astype(np.float32)), whole)[0]
+    grid = cell_grid(preparation.size)
+    wanted = [(0, CELL * cells - size) for cells, size in zip(grid, filled.shape, strict=True)]
+    blocks = np.pad(filled, wanted).reshape([n for cells in grid for n in (cells, CELL)])
+    return np.round(255 * blocks.max(axis=(1, 3, 5))).astype(np.uint8)
 
 
 def _sync(path: Path) -> None:
@@ -492,7 +510,7 @@ def _finish(job: Job) -> None:
             if "refused" in row:
                 refused.append(row)
             else:
-                kept.append({**row, "fingerprint": bytes.fromhex(row["fingerprint"])})
+                kept.append(_unpacked(row))
     crossings = _crossings(kept)
     with atomic_file(job.folder / MANIFEST) as temporary:
         table = pa.Table.from_pylist(kept, schema=SCHEMA)
@@ -511,10 +529,16 @@ def _finish(job: Job) -> None:
         "refused": len(refused),
         **asdict(quantisation),
         "labels": list(LAYOUTS[job.layout].labels),
+        "placed": list(LAYOUTS[job.layout].placed),
         "job": job.settings(),
     }
     write_json(job.folder / STORE, info)
     shutil.rmtree(job.folder / WORK)
+
+
+def _unpacked(row: dict[str, Any]) -> dict[str, Any]:
+    places = [{**place, "cells": bytes.fromhex(place["cells"])} for place in row["places"]]
+    return {**row, "places": places, "fingerprint": bytes.fromhex(row["fingerprint"])}
 
 
 def _crossings(rows: Sequence[dict[str, Any]]) -> list[Crossing]:

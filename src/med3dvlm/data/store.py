@@ -37,7 +37,8 @@ from med3dvlm.scan import Preparation, compare_preparations
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
+CELL = 8  # voxels along each side of a cell, in which it is kept where a label can be seen
 CHUNK_BYTES = 8 * 2**20
 DTYPES = ("uint8", "float16")
 VOLUMES, MANIFEST = "volumes.zarr", "manifest.parquet"
@@ -54,6 +55,7 @@ QUESTION = pa.struct(
         ("answer_choice", pa.string()),
     ]
 )
+PLACE = pa.struct([("label", pa.string()), ("cells", pa.binary())])
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -64,6 +66,7 @@ SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("questions", pa.list_(QUESTION)),
         ("labels", pa.list_(pa.int8())),
+        ("places", pa.list_(PLACE)),
         ("source", pa.string()),
         ("source_sha256", pa.string()),
         ("volume_sha256", pa.string()),
@@ -146,6 +149,12 @@ def create_volumes(
     )
 
 
+def cell_grid(size: Sequence[int]) -> tuple[int, int, int]:
+    """Numbers of cells along (D, H, W) of a prepared volume; the last ones may be cut."""
+    depth, height, width = (-(-voxels // CELL) for voxels in size)
+    return depth, height, width
+
+
 class Store:
     """A store opened for reading; studies are numbered 0 to len − 1 in the manifest's order.
 
@@ -169,6 +178,7 @@ class Store:
         self.preparation = Preparation.from_dict(json.loads(self._read(PREPARATION)))
         self.quantisation = Quantisation(info["dtype"], info["low"], info["high"])
         self.labels: list[str] = info["labels"]
+        self.placed: list[str] = info["placed"]
         self.table = _read_parquet(self._read(MANIFEST))
         if skip:
             self.table = self._without(skip)
@@ -219,7 +229,7 @@ class Store:
     def study(self, index: int) -> dict[str, Any]:
         """A row of the manifest: see :data:`SCHEMA`."""
         row: dict[str, Any] = self.table.slice(index, 1).to_pylist()[0]
-        del row["fingerprint"]  # for `leakage` alone
+        del row["fingerprint"], row["places"]  # for `leakage` and `places` alone
         row["metadata"] = json.loads(row["metadata"] or "{}")
         return row
 
@@ -277,6 +287,18 @@ class Store:
         if any(len(row) != len(self.labels) for row in rows):
             raise StoreError(f"{self.location}: not every study has its {len(self.labels)} labels.")
         return np.array(rows, dtype=np.float32)
+
+    def places(self, index: int) -> np.ndarray:
+        """Where a study shows each of `placed`: (labels, *cell_grid) uint8.
+
+        A cell's value is the share, of 255, that its fullest voxel is filled.
+        """
+        grid = cell_grid(self.preparation.size)
+        found = np.zeros((len(self.placed), *grid), np.uint8)
+        for place in self.table["places"][index].as_py():
+            cells = np.frombuffer(place["cells"], np.uint8).reshape(grid)
+            found[self.placed.index(place["label"])] = cells
+        return found
 
     def check_preparation(self, preparation: Preparation) -> None:
         """Raise a ValueError that shows both where a model wants other volumes than these."""

@@ -6,6 +6,7 @@ token's last hidden state of any Hugging Face encoder, a linear layer, length 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +35,9 @@ class DualEncoderConfig(PretrainedConfig):
         concepts: names of yes/no labels that a linear head predicts from the pooled volume
             beside the contrastive loss; empty for the published model.
         concept_loss_weight: what the mean binary cross-entropy of the concepts counts.
+        places: names of labels of which linear heads say, for every token of the encoder's
+            stages 1 to 4, whether they are seen there; empty for the published model.
+        place_loss_weight: what the loss of these heads counts.
     """
 
     model_type = "med3dvlm_dual_encoder"
@@ -50,6 +54,8 @@ class DualEncoderConfig(PretrainedConfig):
         loss: str = "siglip",
         concepts: list[str] | tuple[str, ...] = (),
         concept_loss_weight: float = 1.0,
+        places: list[str] | tuple[str, ...] = (),
+        place_loss_weight: float = 1.0,
         **kwargs,
     ):
         if loss not in LOSSES:
@@ -60,6 +66,8 @@ class DualEncoderConfig(PretrainedConfig):
         self.loss = loss
         self.concepts = list(concepts)
         self.concept_loss_weight = concept_loss_weight
+        self.places = list(places)
+        self.place_loss_weight = place_loss_weight
         super().__init__(**kwargs)
 
 
@@ -68,6 +76,7 @@ class DualEncoderOutput(ModelOutput):
     loss: Tensor | None = None
     contrastive_loss: Tensor | None = None
     concept_loss: Tensor | None = None
+    place_loss: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     concept_logits: Tensor | None = None
@@ -93,6 +102,7 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
             if config.concepts
             else None
         )
+        self.place_heads = PlaceHeads(config) if config.places else None
         self.post_init()
 
     @torch.no_grad()
@@ -123,15 +133,20 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
         concepts: Tensor | None = None,
         return_loss: bool = True,
         pooled: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> DualEncoderOutput:
         """Embed a batch of pairs; row i of `volumes` and `input_ids` belong together.
 
         Args:
             pooled: (B, C), what `pool_volumes` gives, in place of the volumes.
             concepts: (B, number of concepts), 0 or 1, optional extra supervision.
+            places: (B, number of places, D/8, H/8, W/8), 0 to 1: how far each cell of the volume
+                shows each of them; optional extra supervision.
         """
+        streams = None
         if pooled is None:
-            pooled = self.pool_volumes(volumes)
+            streams = self.vision_encoder(volumes)
+            pooled = self.vision_encoder.pool(streams)
         images = F.normalize(self.vision_projection(pooled), dim=-1)
         texts = self.get_text_features(input_ids, attention_mask)
         out = DualEncoderOutput(image_embeds=images, text_embeds=texts)
@@ -144,6 +159,9 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
                     out.concept_logits, concepts.to(out.concept_logits.dtype)
                 )
                 loss = loss + self.config.concept_loss_weight * out["concept_loss"]
+            if places is not None and streams is not None and self.place_heads is not None:
+                out["place_loss"] = self.place_heads.loss(streams[1:], places)
+                loss = loss + self.config.place_loss_weight * out["place_loss"]
             out["loss"] = loss
         return out
 
@@ -179,6 +197,43 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
         volumes = self._to_device(self.processor.volumes(scans))
         probabilities = self.concept_head(self.pool_volumes(volumes)).sigmoid().tolist()
         return [dict(zip(self.config.concepts, row, strict=True)) for row in probabilities]
+
+
+class PlaceHeads(nn.ModuleList):
+    """For each of the encoder's stages 1 to 4 a linear layer from its tokens to the labels.
+
+    What they learn is little; that the tokens must tell where a finding is, is the point: a small
+    lesion moves the mean over a volume hardly at all, but fills some cell of it.
+    """
+
+    START = -4.0  # added to each logit: most cells show nothing (focal loss, arXiv 1708.02002)
+
+    def __init__(self, config: DualEncoderConfig):
+        vision = config.vision_config
+        if getattr(vision, "stem_stride", None) != 4:
+            raise ValueError("places need a DCFormer with a stem_stride of 4: leave them empty.")
+        super().__init__(nn.Linear(width, len(config.places)) for width in vision.channels[1:])
+
+    def loss(self, streams: Sequence[Tensor], places: Tensor) -> Tensor:
+        """Summed over the stages, the mean over studies and labels of what each costs.
+
+        A label that fills n of a stage's N cells counts √n, and not n, or large findings would
+        drown the small; what a study does not show counts 2√N times the mean over the cells.
+
+        Args:
+            streams: (B, N, C) tokens of stages 1 to 4.
+            places: (B, labels, D, H, W), 0 to 1, on the grid of stage 1.
+        """
+        total = places.new_zeros(())
+        for k, (head, stream) in enumerate(zip(self, streams, strict=True)):
+            if k:
+                places = F.max_pool3d(places, 2, ceil_mode=True)
+            there = places.flatten(2).transpose(1, 2)  # (B, N, labels)
+            logits = head(stream) + self.START
+            missed = (there * F.softplus(-logits)).sum(1) / there.sum(1).clamp(min=0.25).sqrt()
+            made_up = ((1 - there) * F.softplus(logits)).mean(1) * 2 * stream.shape[1] ** 0.5
+            total = total + (missed + made_up).mean()
+        return total
 
 
 def _as_array(parts: list[Tensor]) -> np.ndarray:

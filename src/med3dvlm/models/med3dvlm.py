@@ -92,6 +92,23 @@ class Med3DVLMConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+def weighted_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, *, count: Tensor | int | None = None
+) -> Tensor:
+    """The weighted mean cross-entropy of the next tokens.
+
+    Args:
+        logits: (B, N, vocabulary).
+        labels: (B, N), -100 where none counts.
+        weights: (B, N), 0 where none counts.
+        count: labels in all the parts of an accumulated batch, whose losses are then summed.
+    """
+    labels, weights = labels[:, 1:], weights[:, 1:]
+    each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
+    here = (labels >= 0).sum()
+    return (each * weights).sum() / weights.sum() * here / (here if count is None else count)
+
+
 class Answer(str):
     """The text of an answer, with what the model thinks of it.
 
@@ -184,13 +201,15 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         high: Tensor | None = None,
         visual_tokens: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits (B, N, vocabulary), and the loss where labels are given.
 
         Give one of: `volumes`; `low` and `high`, the encoder's streams where they were computed
-        before; `visual_tokens`, the projector's output; or none, for text alone.
+        before; `visual_tokens`, the projector's output; or none, for text alone. `loss_weights`
+        (B, N) say what each label counts in the loss, a weighted mean; without, they count alike.
         """
         if visual_tokens is None and low is not None and high is not None:
             visual_tokens = self.projector(low, high)
@@ -202,15 +221,21 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if visual_tokens is not None:
                 inputs_embeds = self._place(visual_tokens, input_ids, inputs_embeds)
-        return self.language_model(
+        weighted = labels is not None and loss_weights is not None
+        out = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
+            labels=None if weighted else labels,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if weighted:
+            out["loss"] = weighted_loss(
+                out.logits, labels, loss_weights, count=kwargs.get("num_items_in_batch")
+            )
+        return out
 
     def _place(self, visual_tokens: Tensor, input_ids: Tensor, embeds: Tensor) -> Tensor:
         """Put N visual tokens (B, N, width) into the embedded prompt (B, L, width)."""

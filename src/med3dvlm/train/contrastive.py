@@ -61,7 +61,8 @@ def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
 
     def dataset(store: Store, data: DataRecipe) -> PairDataset:
         pooled = pool_store(model, store, progress=progress) if frozen else None
-        return PairDataset(store, data, pooled, seed=recipe.training.seed)
+        places = bool(model.config.places) and not frozen
+        return PairDataset(store, data, pooled, seed=recipe.training.seed, places=places)
 
     def collate(store: Store, data: DataRecipe) -> PairCollator:
         return PairCollator(model.processor, data, store.quantisation)
@@ -244,10 +245,16 @@ def _config(settings: dict[str, Any], store: Store, text_config: Any) -> DualEnc
         settings.pop("vision_config", {}), default="med3dvlm_dcformer", section="vision_config"
     )
     check_keys(settings, DualEncoderConfig().to_dict(), section="model")
+    if settings.get("place_loss_weight") and not store.placed:
+        raise RecipeError(
+            f"model.place_loss_weight: {store.location} does not say where its labels can be seen; "
+            "leave it out."
+        )
     return DualEncoderConfig(
         vision_config={**vision, "volume_size": list(store.preparation.size)},
         text_config=text_config,
         concepts=store.labels if settings.get("concept_loss_weight", 0) else [],
+        places=store.placed if settings.get("place_loss_weight", 0) else [],
         **settings,
     )
 
@@ -265,20 +272,28 @@ def part_settings(
 class PairDataset(Dataset):
     """Item `epoch · len + i`: study i's volume (D, H, W) as stored, one of its texts, its labels.
 
-    With `pooled`, what a frozen encoder makes of the volumes stands in for them.
+    With `pooled`, what a frozen encoder makes of the volumes stands in for them; with `places`,
+    where the labels can be seen goes along.
 
     What is drawn at random depends on the recipe's seed and the item's number alone, so a run
     that is resumed, or that has other workers, sees the same batches.
     """
 
     def __init__(
-        self, store: Store, recipe: DataRecipe, pooled: np.ndarray | None = None, *, seed: int
+        self,
+        store: Store,
+        recipe: DataRecipe,
+        pooled: np.ndarray | None = None,
+        *,
+        seed: int,
+        places: bool = False,
     ):
         self.pooled = pooled
         self.store = store
         self.caption_share = recipe.caption_share
         self.seed = seed
         self.labels = store.label_matrix() if store.labels else None
+        self.places = places
 
     def __len__(self) -> int:
         return len(self.store)
@@ -293,7 +308,11 @@ class PairDataset(Dataset):
         if self.pooled is not None:
             return {**item, "pooled": self.pooled[index]}
         item |= {"volume": self.store.stored(index), "draw": int(random.integers(2**62))}
-        return item if self.labels is None else {**item, "concepts": self.labels[index]}
+        if self.labels is not None:
+            item["concepts"] = self.labels[index]
+        if self.places:
+            item["places"] = self.store.places(index)
+        return item
 
 
 class PairCollator:
@@ -319,6 +338,9 @@ class PairCollator:
         batch["volumes"] = volumes.unsqueeze(1)
         if "concepts" in items[0]:
             batch["concepts"] = torch.from_numpy(np.stack([item["concepts"] for item in items]))
+        if "places" in items[0]:  # cells are large enough for the shifts to be left out of account
+            places = torch.from_numpy(np.stack([item["places"] for item in items]))
+            batch["places"] = places.float() / 255
         return batch
 
     def _augment(self, volume: Tensor, random: torch.Generator) -> None:

@@ -30,7 +30,13 @@ from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
 from med3dvlm.train.contrastive import batches, open_studies, part_settings
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
 from med3dvlm.train.lora import merged, quantize, save_adapter, with_adapters
-from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_keys
+from med3dvlm.train.recipe import (
+    LOSS_AVERAGES,
+    Recipe,
+    RecipeError,
+    TrainingRecipe,
+    check_keys,
+)
 
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
@@ -72,11 +78,13 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     began = time.monotonic()
     train = dataset(studies.train)
     encoding_s = time.monotonic() - began if frozen else 0.0
-    collate = TaskCollator(model.processor, studies.train.quantisation)
+    quantisation, average = studies.train.quantisation, recipe.training.loss_average
+    collate = TaskCollator(model.processor, quantisation, average=average)
     validation = None
     if studies.validation is not None:
         held_out = dataset(studies.validation)
-        measure = TaskMeasure(model, held_out, collate, recipe.training)
+        by_token = TaskCollator(model.processor, quantisation)
+        measure = TaskMeasure(model, held_out, by_token, recipe.training)
         validation = Validation(held_out, measure)
     return Job(model, learner, train, collate, validation, encoding_s)
 
@@ -236,17 +244,29 @@ class TaskDataset(Dataset):
 
 
 class TaskCollator:
-    """Items to a batch; labels count the answer and its end token only."""
+    """Items to a batch; labels count the answer and its end token only.
 
-    def __init__(self, processor: Med3DVLMProcessor, quantisation: Quantisation):
+    Args:
+        average: "token": all tokens of a batch count alike, so that a report counts as much as
+            fifty yes or no; "answer": all answers do; "root": between the two, an answer of n
+            tokens counts √n (the square averaging of InternVL 2.5, arXiv 2412.05271).
+    """
+
+    def __init__(
+        self, processor: Med3DVLMProcessor, quantisation: Quantisation, *, average: str = "token"
+    ):
         self.processor = processor
         self.quantisation = quantisation
+        self.power = LOSS_AVERAGES[average]
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.processor.training_batch(
             [item["instruction"] for item in items], [item["answer"] for item in items]
         )
         out = dict(batch)
+        if self.power:
+            counts = (out["labels"] != IGNORED).float()
+            out["loss_weights"] = counts / counts.sum(1, keepdim=True) ** self.power
         if "volume" in items[0]:
             volumes = torch.from_numpy(np.stack([item["volume"] for item in items]))
             out["volumes"] = self.quantisation.decode(volumes).unsqueeze(1)

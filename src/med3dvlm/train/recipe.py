@@ -20,6 +20,8 @@ PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 TASKS = ("report", "caption", "closed", "open", "yes_no")
+# by which power of its length an answer's tokens count less
+LOSS_AVERAGES = {"token": 0.0, "root": 0.5, "answer": 1.0}
 METRICS = {"contrastive": ("loss", "r_at_1"), "alignment": ("loss",), "instruction": ("loss",)}
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -81,6 +83,7 @@ class TrainingRecipe:
     schedule: str = "cosine"
     clip_norm: float = 1.0
     precision: str = "fp32"  # or bf16
+    loss_average: str = "token"  # language stages: what counts alike, or root or answer
     ema: float | None = None  # decay of a running mean of the weights, which is then the result
     gradient_checkpointing: bool = False  # less memory, more time
     seed: int = 0
@@ -193,6 +196,7 @@ def check_settings(recipe: Recipe) -> None:
         ("stage", recipe.stage, STAGES),
         ("training.precision", training.precision, PRECISIONS),
         ("training.schedule", training.schedule, SCHEDULES),
+        ("training.loss_average", training.loss_average, tuple(LOSS_AVERAGES)),
         *(("training.loggers", name, LOGGERS) for name in training.loggers),
         *(("data.tasks", name, TASKS) for name in data.tasks),
         ("training.best_metric", training.best_metric, METRICS.get(recipe.stage, ())),

@@ -30,6 +30,7 @@ MAX_FINDINGS = 6
 PREVALENCE = 0.20  # of each kind before crowded studies are thinned and normal ones made
 NORMAL_SHARE = 0.06
 SHAPE = (64, 128, 128)
+DRAWN_HU = 20
 TRIES = 12  # to find a free place for a finding
 # of the normal distribution, of unit variance
 QUANTILES = ndtri((np.arange(256) + 0.5) / 256)
@@ -117,14 +118,22 @@ class PhantomStudy:
         """The voxels that a finding changes, bool (D, H, W).
 
         Args:
-            drawn: those changed by more than 20 HU on the torso, before slices of some thickness
-                and whole HU; else those of :attr:`array`, outside which twins are equal.
+            drawn: those changed by more than `DRAWN_HU` on the torso, before slices of some
+                thickness and whole HU; else those of :attr:`array`, outside which twins are equal.
         """
         if not self.truth.has(finding):
             raise PhantomError(f"study {self.study_id} has no {finding!r}.")
         if drawn:
-            return np.abs(self._torso().hu - self._torso(without=finding).hu) > 20
+            return np.abs(self._torso().hu - self._torso(without=finding).hu) > DRAWN_HU
         return self.array != self._scan(self._torso(without=finding).hu)
+
+    def masks(self) -> dict[str, np.ndarray]:
+        """By finding, the voxels it changes as drawn; see :meth:`mask`."""
+        hu = self._torso().hu
+        return {
+            p.name: np.abs(hu - self._torso(without=p.name).hu) > DRAWN_HU
+            for p in self.truth.findings
+        }
 
     @property
     def anatomy(self) -> Anatomy:
