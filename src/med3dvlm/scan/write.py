@@ -114,7 +114,9 @@ def save_dicom_series(
             dataset.StudyInstanceUID, dataset.SeriesInstanceUID = study_uid, series_uid
             dataset.FrameOfReferenceUID = frame_uid
             dataset.StudyDate, dataset.StudyTime = f"{now:%Y%m%d}", f"{now:%H%M%S}"
+            dataset.StudyID, dataset.PositionReferenceIndicator = "", ""
             dataset.SeriesNumber, dataset.SeriesDescription = series_number, series_description
+            dataset.AcquisitionNumber = 1
             dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:.10g}", f"{intercept:.10g}"
             for keyword, value in attributes.items():
                 setattr(dataset, keyword, value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -66,3 +68,14 @@ def test_m3d_tables_have_the_published_columns(tmp_path):
 def test_unknown_layout_says_which_there_are(tmp_path):
     with pytest.raises(PhantomError, match="nifti, dicom, m3d, ct-rate"):
         write_studies(1, tmp_path, layout="bids")
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="needs dciodvfy (dicom3tools)")
+def test_dicom_headers_keep_to_the_standard(tmp_path):
+    """dciodvfy checks every attribute of the CT Image object; it may warn, but find no error."""
+    write_studies(4, tmp_path, layout="dicom")
+    for series in sorted(tmp_path.glob("*/ct")):
+        first = min(series.iterdir())
+        found = subprocess.run(["dciodvfy", str(first)], capture_output=True, text=True).stderr
+        assert "CTImage" in found
+        assert "Error" not in found, found
