@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from med3dvlm import hub
 from med3dvlm.cli import app
+from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.store import MANIFEST, Store
 from med3dvlm.models import DCFormer, DCFormerConfig, Med3DVLM
 from med3dvlm.models.published import save_published
@@ -31,7 +32,7 @@ from med3dvlm.train.lora import merge_adapter, with_adapters
 from med3dvlm.train.plan import plan
 from med3dvlm.train.recipe import Recipe
 from tests.models.published_folders import vlm_folder
-from tests.train.test_train import language_recipe, recipe, store, weights  # noqa: F401
+from tests.train.test_train import SMALL, language_recipe, recipe, store, weights  # noqa: F401
 
 TRAINING = {"batch_size": 4, "epochs": 2, "loggers": [], "log_steps": 1, "learning_rate": 1e-3}
 
@@ -437,3 +438,43 @@ def test_adapters_over_4_bits_are_merged_into_the_whole_weights(aligned, store, 
         after["language_model.model.embed_tokens.weight"],
         before["language_model.model.embed_tokens.weight"],
     )
+
+
+def test_a_run_over_a_mixture_sees_its_stores_by_weight(tmp_path, store):  # noqa: F811
+    other = tmp_path / "other"
+    prepare_phantoms(other, 12, split="train", seed=1, preparation=SMALL, workers=1)
+    data = {
+        "mixture": {str(store): 3.0, str(other): 1.0},
+        "flips": "swap",
+        "validation": {"studies": 5, "split": "train"},
+    }
+    path = recipe(tmp_path, store, data=data)
+    job = contrastive_job(load_recipe(path, ["training.evaluate_steps=1"]))
+    assert len(job.validation.dataset) == 5 and len(job.dataset) == 15
+    names = {job.dataset[i]["id"] for i in range(15)}
+    ours = {i for i in range(15) if "seed1" not in job.dataset[i]["id"]}
+    assert len(ours) == 11  # three quarters
+    watched = {job.validation.dataset[i]["id"] for i in range(5)}
+    assert not names & watched
+    assert sum("seed1" in name for name in watched) == 2
+    texts = [job.dataset[i] for i in range(15)]
+    assert 0 < sum(item["drawn"][7] for item in texts) < 15
+    model = train(load_recipe(path, ["training.evaluate_steps=2", "training.batch_size=5"]))
+    assert torch.isfinite(model.vision_projection.weight).all()
+    planned = plan(load_recipe(path, ["training.evaluate_steps=2"]))
+    assert planned.studies == 15
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {}}, "either a store or a mixture"),
+        ({"data": {"mixture": {"a": 1.0}, "phantoms": 3}}, "phantoms are generated into"),
+        ({"data": {"mixture": {"a": 0.0}}}, "weight of a is 0.0"),
+        ({"data": {"mixture": {"nowhere": 1.0}}}, "nowhere is no finished store"),
+        ({"data": {"store": "s", "flips": "sometimes"}}, "data.flips 'sometimes' is unknown"),
+    ],
+)
+def test_mixtures_and_flips_that_cannot_be(tmp_path, store, settings, message):  # noqa: F811
+    with pytest.raises(RecipeError, match=message):
+        train(load_recipe(recipe(tmp_path, store, **settings)))

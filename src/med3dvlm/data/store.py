@@ -226,6 +226,14 @@ class Store:
             if progress:
                 progress(last, len(self))
 
+    def drawn(self, number: int) -> int:
+        """Which study item `epoch · len + i` is."""
+        return number % len(self)
+
+    def column(self, name: str) -> list[Any]:
+        """A column of the manifest, in the studies' order: see :data:`SCHEMA`."""
+        return self.table[name].to_pylist()
+
     def study(self, index: int) -> dict[str, Any]:
         """A row of the manifest: see :data:`SCHEMA`."""
         row: dict[str, Any] = self.table.slice(index, 1).to_pylist()[0]

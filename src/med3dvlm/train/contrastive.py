@@ -8,8 +8,8 @@ is fitted to them in minutes (locked-image tuning, arXiv 2111.07991).
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModel, AutoTokenizer
 
-from med3dvlm.data.prepare import prepare_phantoms
+from med3dvlm.data.augment import MIRRORS, Augmentation, VolumeDecoder, is_mirrored
+from med3dvlm.data.laterality import mirrored_labels, swap_sides
 from med3dvlm.data.sources import Progress
-from med3dvlm.data.store import Quantisation, Store
 from med3dvlm.evaluate.retrieval import places_of_matches
 from med3dvlm.hub import load
 from med3dvlm.models import (
@@ -32,8 +32,8 @@ from med3dvlm.models import (
 from med3dvlm.models.checkpoint import as_config
 from med3dvlm.scan import Preparation
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
-from med3dvlm.train.ranks import main_first
 from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError, check_keys
+from med3dvlm.train.studies import AnyStore, all_texts, open_studies
 from med3dvlm.train.tokenizer import train_tokenizer
 
 MAX_TEXT_TOKENS = 512
@@ -58,29 +58,29 @@ def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
         model = _from_checkpoint(recipe)
         studies = open_studies(recipe, model.preparation, progress=progress)
     frozen = bool(recipe.train) and "vision_encoder" not in recipe.train
+    if frozen and recipe.data.flips != "off":
+        raise RecipeError("data.flips needs a vision_encoder that learns: it sees no volumes else.")
 
-    def dataset(store: Store, data: DataRecipe) -> PairDataset:
+    def dataset(store: AnyStore, data: DataRecipe) -> PairDataset:
         pooled = pool_store(model, store, progress=progress) if frozen else None
         places = bool(model.config.places) and not frozen
         return PairDataset(store, data, pooled, seed=recipe.training.seed, places=places)
 
-    def collate(store: Store, data: DataRecipe) -> PairCollator:
-        return PairCollator(model.processor, data, store.quantisation)
-
+    collate = PairCollator(model.processor)
+    decode = VolumeDecoder(studies.train.quantisation)
     began = time.monotonic()
     train = dataset(studies.train, recipe.data)
     encoding_s = time.monotonic() - began if frozen else 0.0
     validation = None
     if studies.validation is not None:
-        as_is = replace(recipe.data, intensity=0.0, shift_voxels=0, caption_share=0.0)
+        as_is = replace(recipe.data, intensity=0.0, shift_voxels=0, flips="off", caption_share=0.0)
         held_out = dataset(studies.validation, as_is)
-        batch = collate(studies.validation, as_is)
-        measure = PairMeasure(held_out, batch, recipe.training.batch_size)
+        measure = PairMeasure(held_out, collate, decode, recipe.training.batch_size)
         validation = Validation(held_out, measure)
-    return Job(model, model, train, collate(studies.train, recipe.data), validation, encoding_s)
+    return Job(model, model, train, collate, decode, validation, encoding_s)
 
 
-def _from_nothing(recipe: Recipe, store: Store) -> VolumeTextDualEncoder:
+def _from_nothing(recipe: Recipe, store: AnyStore) -> VolumeTextDualEncoder:
     """A new model; its text encoder is `model.text_encoder`'s where the recipe names one."""
     settings = dict(recipe.model)
     pretrained = settings.pop("text_encoder", None)
@@ -144,7 +144,7 @@ def _from_checkpoint(recipe: Recipe) -> VolumeTextDualEncoder:
 @torch.inference_mode()
 def pool_store(
     model: VolumeTextDualEncoder,
-    store: Store,
+    store: AnyStore,
     *,
     batch_size: int = 32,
     progress: Progress | None = None,
@@ -157,89 +157,7 @@ def pool_store(
     return np.concatenate(parts)
 
 
-@dataclass(frozen=True)
-class Studies:
-    """What a run learns from, and, where its recipe says so, what it is watched with."""
-
-    train: Store
-    validation: Store | None
-
-
-def open_studies(
-    recipe: Recipe, preparation: Preparation, *, progress: Progress | None = None
-) -> Studies:
-    """The recipe's prepared studies; phantoms are generated where they are not there yet.
-
-    Of a store that is there, those of `data.split` alone, less the ones that are watched.
-
-    Raises:
-        RecipeError: if there are fewer studies than the recipe needs.
-    """
-    data, wanted = recipe.data, recipe.data.validation
-    validation = None
-    if data.phantoms:
-
-        def phantoms(folder: str, count: int, split: str) -> Store:
-            with main_first():
-                return prepare_phantoms(
-                    folder,
-                    count,
-                    split=split,
-                    seed=data.seed,
-                    preparation=preparation,
-                    workers=data.workers,
-                    progress=progress,
-                )
-
-        if wanted.studies and wanted.split == data.split:
-            raise RecipeError(
-                f"data.validation.split is {wanted.split!r}, which the run trains on: choose "
-                "another split."
-            )
-        train = phantoms(data.store, data.phantoms, data.split)
-        if wanted.studies:
-            validation = phantoms(f"{data.store}-validation", wanted.studies, wanted.split)
-    else:
-        store = Store(data.store, skip=data.skip)
-        store.check_preparation(preparation)
-        held_out = _ids(store, wanted.split)[: wanted.studies]
-        if len(held_out) < wanted.studies:
-            raise RecipeError(
-                f"data.validation.studies is {wanted.studies}, but {data.store} has "
-                f"{len(held_out)} of split {wanted.split!r}: ask for fewer."
-            )
-        if wanted.studies:
-            validation = _only(store, held_out, data)
-        train = _only(store, set(_ids(store, data.split)) - set(held_out), data)
-    if len(train) < recipe.training.batch_size:
-        raise RecipeError(
-            f"training.batch_size is {recipe.training.batch_size}, but there are only "
-            f"{len(train)} studies of split {data.split!r} to train on: lower it, or choose "
-            "another data.split."
-        )
-    return Studies(train, validation)
-
-
-def _ids(store: Store, split: str) -> list[str]:
-    return [store.ids[index] for index in store.in_split(split)]
-
-
-def _only(store: Store, ids: Collection[str], data: DataRecipe) -> Store:
-    """The store with none but these studies."""
-    chosen = set(ids)
-    return Store(data.store, skip=[*data.skip, *(i for i in store.ids if i not in chosen)])
-
-
-def all_texts(store: Store) -> list[str]:
-    """Every text that a model of this store reads or writes."""
-    texts = store.table["report"].to_pylist() + store.table["caption"].to_pylist()
-    for questions in store.table["questions"].to_pylist():
-        for question in questions:
-            texts += [question["text"], question["answer"]]
-    return [text for text in texts if text]
-
-
-def _config(settings: dict[str, Any], store: Store, text_config: Any) -> DualEncoderConfig:
+def _config(settings: dict[str, Any], store: AnyStore, text_config: Any) -> DualEncoderConfig:
     settings = dict(settings)
     vision = part_settings(
         settings.pop("vision_config", {}), default="med3dvlm_dcformer", section="vision_config"
@@ -281,7 +199,7 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        store: Store,
+        store: AnyStore,
         recipe: DataRecipe,
         pooled: np.ndarray | None = None,
         *,
@@ -294,12 +212,15 @@ class PairDataset(Dataset):
         self.seed = seed
         self.labels = store.label_matrix() if store.labels else None
         self.places = places
+        self.augmentation = Augmentation(recipe.intensity, recipe.shift_voxels, recipe.flips)
+        self.mirrored = mirrored_labels(store.labels)
+        self.mirrored_places = mirrored_labels(store.placed)
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        index = number % len(self)
+        index = self.store.drawn(number)
         random = np.random.default_rng((self.seed, number))
         study = self.store.study(index)
         caption = study["caption"] and random.random() < self.caption_share
@@ -307,51 +228,46 @@ class PairDataset(Dataset):
         item: dict[str, Any] = {"id": study["id"], "text": text}
         if self.pooled is not None:
             return {**item, "pooled": self.pooled[index]}
-        item |= {"volume": self.store.stored(index), "draw": int(random.integers(2**62))}
+        item |= {"stored": self.store.stored(index), "drawn": self.augmentation.draw(random)}
         if self.labels is not None:
             item["concepts"] = self.labels[index]
         if self.places:
             item["places"] = self.store.places(index)
+        if self.augmentation.flips == "swap" and is_mirrored(item["drawn"]):
+            return self._mirrored(item)
         return item
+
+    def _mirrored(self, item: dict[str, Any]) -> dict[str, Any]:
+        """What is said of a study whose volume will be mirrored.
+
+        One with a label that has no counterpart on the other side is left as it is.
+        """
+        concepts = item.get("concepts")
+        if concepts is not None:
+            if (concepts[self.mirrored < 0] > 0).any():
+                item["drawn"][MIRRORS] = 0
+                return item
+            item["concepts"] = np.where(self.mirrored < 0, 0, concepts[self.mirrored])
+        if "places" in item:
+            item["places"] = item["places"][self.mirrored_places][..., ::-1]
+        return {**item, "text": swap_sides(item["text"])}
 
 
 class PairCollator:
-    """Items to a batch; augments the volumes (paper: intensity; no flips, reports have sides)."""
+    """Items to a batch; the volumes stay as they are stored, for `VolumeDecoder`."""
 
-    def __init__(
-        self, processor: Med3DVLMProcessor, recipe: DataRecipe, quantisation: Quantisation
-    ):
+    def __init__(self, processor: Med3DVLMProcessor):
         self.processor = processor
-        self.recipe = recipe
-        self.quantisation = quantisation
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         tokens = self.processor.tokens([item["text"] for item in items])
         batch = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-        if "pooled" in items[0]:
-            pooled = torch.from_numpy(np.stack([item["pooled"] for item in items]))
-            return {**batch, "pooled": pooled}
-        volumes = torch.from_numpy(np.stack([item["volume"] for item in items]))
-        volumes = self.quantisation.decode(volumes)
-        for volume, item in zip(volumes, items, strict=True):
-            self._augment(volume, torch.Generator().manual_seed(item["draw"]))
-        batch["volumes"] = volumes.unsqueeze(1)
-        if "concepts" in items[0]:
-            batch["concepts"] = torch.from_numpy(np.stack([item["concepts"] for item in items]))
-        if "places" in items[0]:  # cells are large enough for the shifts to be left out of account
-            places = torch.from_numpy(np.stack([item["places"] for item in items]))
-            batch["places"] = places.float() / 255
+        for name in ("pooled", "stored", "drawn", "concepts", "places"):
+            if name in items[0]:
+                batch[name] = torch.from_numpy(np.stack([item[name] for item in items]))
+        if "places" in batch:  # cells are large enough for the shifts to be left out of account
+            batch["places"] = batch["places"].float() / 255
         return batch
-
-    def _augment(self, volume: Tensor, random: torch.Generator) -> None:
-        """(D, H, W), in place: shift in space by whole voxels, scale and shift in value."""
-        strength, reach = self.recipe.intensity, self.recipe.shift_voxels
-        if reach:
-            steps = torch.randint(-reach, reach + 1, (3,), generator=random).tolist()
-            volume.copy_(volume.roll(steps, dims=(0, 1, 2)))
-        if strength:
-            scale, shift = torch.rand(2, generator=random).mul_(2).sub_(1).tolist()
-            volume.mul_(1 + strength * scale).add_(strength * shift)
 
 
 class PairMeasure:
@@ -361,27 +277,36 @@ class PairMeasure:
         batch_size: that of training, for the contrastive loss grows with the batch.
     """
 
-    def __init__(self, dataset: PairDataset, collate: PairCollator, batch_size: int):
-        self.dataset, self.collate, self.batch_size = dataset, collate, batch_size
+    def __init__(
+        self,
+        dataset: PairDataset,
+        collate: PairCollator,
+        decode: VolumeDecoder,
+        batch_size: int,
+    ):
+        self.dataset, self.collate, self.decode = dataset, collate, decode
+        self.batch_size = batch_size
 
     def __call__(self, model: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
         losses, images, texts = [], [], []
-        for batch, size in batches(self.dataset, self.collate, self.batch_size, model.device):
+        loader = batches(self.dataset, self.collate, self.decode, self.batch_size, model.device)
+        for batch, size in loader:
             out = model(**batch)
             losses.append(out.loss.item() * size)
             images.append(out.image_embeds.float().cpu().numpy())
             texts.append(out.text_embeds.float().cpu().numpy())
         similarity = np.concatenate(images) @ np.concatenate(texts).T
-        groups = self.dataset.store.table["report"].to_pylist()
+        groups = self.dataset.store.column("report")
         hits = places_of_matches(similarity, groups=groups).hit_at(1)
         loss = sum(losses) / len(self.dataset)
         return {"loss": loss, "r_at_1": float(hits.mean())}, []
 
 
 def batches(
-    dataset: Any, collate: Any, size: int, device: torch.device
+    dataset: Any, collate: Any, decode: VolumeDecoder, size: int, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], int]]:
     """All items in order, each batch on the device and with its number of items."""
     for first in range(0, len(dataset), size):
         items = [dataset[i] for i in range(first, min(first + size, len(dataset)))]
-        yield {name: tensor.to(device) for name, tensor in collate(items).items()}, len(items)
+        batch = {name: tensor.to(device) for name, tensor in collate(items).items()}
+        yield decode(batch), len(items)

@@ -55,6 +55,8 @@ class Job:
     Attributes:
         model: what the run makes.
         learner: what is trained: the model, or the model within its adapters.
+        collate: items to a batch.
+        decode: what is done with a batch where the model is.
         encoding_s: seconds spent on what a frozen encoder makes of the studies.
     """
 
@@ -62,6 +64,7 @@ class Job:
     learner: nn.Module
     dataset: Any
     collate: Any
+    decode: Callable[[dict[str, Any]], dict[str, Any]]
     validation: Validation | None = None
     encoding_s: float = 0.0
 
@@ -91,7 +94,7 @@ def fit(job: Job, recipe: Recipe) -> dict[str, float]:
         data_collator=_WithIds(job.collate),
         callbacks=[_TimeLimit(recipe.training.max_minutes)],
     )
-    trainer.validation = job.validation
+    trainer.validation, trainer.decode = job.validation, job.decode
     if recipe.training.ema is not None:
         trainer.average = WeightAverage(job.learner, recipe.training.ema)
         trainer.add_callback(_Averaging(trainer.average))
@@ -173,6 +176,7 @@ class _Trainer(Trainer):
 
     validation: Validation | None = None
     average: WeightAverage | None = None
+    decode: Callable[[dict[str, Any]], dict[str, Any]]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -181,6 +185,9 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochSampler(len(train_dataset or self.train_dataset), seed=self.args.seed)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.decode(super()._prepare_inputs(inputs))
 
     # --- a loss that is no number -------------------------------------------------------------
 

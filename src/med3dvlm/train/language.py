@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from med3dvlm.data.augment import VolumeDecoder
 from med3dvlm.data.prompts import CAPTION_PROMPTS, REPORT_PROMPTS
 from med3dvlm.data.sources import Progress
-from med3dvlm.data.store import Quantisation, Store
 from med3dvlm.hub import load
 from med3dvlm.models import (
     Med3DVLM,
@@ -27,7 +27,7 @@ from med3dvlm.models import (
     VolumeTextDualEncoder,
 )
 from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
-from med3dvlm.train.contrastive import batches, open_studies, part_settings
+from med3dvlm.train.contrastive import batches, part_settings
 from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
 from med3dvlm.train.lora import merged, quantize, save_adapter, with_adapters
 from med3dvlm.train.recipe import (
@@ -37,6 +37,7 @@ from med3dvlm.train.recipe import (
     TrainingRecipe,
     check_keys,
 )
+from med3dvlm.train.studies import AnyStore, open_studies
 
 
 def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
@@ -64,7 +65,7 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     studies = open_studies(recipe, model.preparation, progress=progress)
     frozen = "vision_encoder" not in recipe.train
 
-    def dataset(store: Store) -> TaskDataset:
+    def dataset(store: AnyStore) -> TaskDataset:
         features = encode_store(model, store, progress=progress) if frozen else None
         return TaskDataset(
             store,
@@ -78,15 +79,15 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     began = time.monotonic()
     train = dataset(studies.train)
     encoding_s = time.monotonic() - began if frozen else 0.0
-    quantisation, average = studies.train.quantisation, recipe.training.loss_average
-    collate = TaskCollator(model.processor, quantisation, average=average)
+    collate = TaskCollator(model.processor, average=recipe.training.loss_average)
+    decode = VolumeDecoder(studies.train.quantisation)
     validation = None
     if studies.validation is not None:
         held_out = dataset(studies.validation)
-        by_token = TaskCollator(model.processor, quantisation)
-        measure = TaskMeasure(model, held_out, by_token, recipe.training)
+        by_token = TaskCollator(model.processor)
+        measure = TaskMeasure(model, held_out, by_token, decode, recipe.training)
         validation = Validation(held_out, measure)
-    return Job(model, learner, train, collate, validation, encoding_s)
+    return Job(model, learner, train, collate, decode, validation, encoding_s)
 
 
 def start_model(recipe: Recipe) -> Med3DVLM:
@@ -153,7 +154,7 @@ def _load_language_model(model: Med3DVLM, name: str, vocabulary: int) -> None:
 
 @torch.inference_mode()
 def encode_store(
-    model: Med3DVLM, store: Store, *, batch_size: int = 32, progress: Progress | None = None
+    model: Med3DVLM, store: AnyStore, *, batch_size: int = 32, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The encoder's (low, high) streams of every study, float16: (n, N, C) each."""
     model.eval()
@@ -198,7 +199,7 @@ class TaskDataset(Dataset):
 
     def __init__(
         self,
-        store: Store,
+        store: AnyStore,
         tasks: dict[str, float],
         report_prompt: str,
         features: tuple[np.ndarray, np.ndarray] | None,
@@ -217,7 +218,7 @@ class TaskDataset(Dataset):
         return len(self.store)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        index = number % len(self)
+        index = self.store.drawn(number)
         random = np.random.default_rng((self.seed, number))
         examples = task_examples(
             self.store.study(index), self.report_prompt, vary=self.vary_prompts
@@ -237,7 +238,7 @@ class TaskDataset(Dataset):
             "answer": answer,
         }
         if self.features is None:
-            item["volume"] = self.store.stored(index)
+            item["stored"] = self.store.stored(index)
         else:
             item["low"], item["high"] = self.features[0][index], self.features[1][index]
         return item
@@ -252,11 +253,8 @@ class TaskCollator:
             tokens counts √n (the square averaging of InternVL 2.5, arXiv 2412.05271).
     """
 
-    def __init__(
-        self, processor: Med3DVLMProcessor, quantisation: Quantisation, *, average: str = "token"
-    ):
+    def __init__(self, processor: Med3DVLMProcessor, *, average: str = "token"):
         self.processor = processor
-        self.quantisation = quantisation
         self.power = LOSS_AVERAGES[average]
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -267,9 +265,8 @@ class TaskCollator:
         if self.power:
             counts = (out["labels"] != IGNORED).float()
             out["loss_weights"] = counts / counts.sum(1, keepdim=True) ** self.power
-        if "volume" in items[0]:
-            volumes = torch.from_numpy(np.stack([item["volume"] for item in items]))
-            out["volumes"] = self.quantisation.decode(volumes).unsqueeze(1)
+        if "stored" in items[0]:
+            out["stored"] = torch.from_numpy(np.stack([item["stored"] for item in items]))
         else:
             for stream in ("low", "high"):
                 stacked = np.stack([item[stream] for item in items])
@@ -281,15 +278,21 @@ class TaskMeasure:
     """The mean loss over the tokens of the answers, and what the model writes about a few."""
 
     def __init__(
-        self, model: Med3DVLM, dataset: TaskDataset, collate: TaskCollator, settings: TrainingRecipe
+        self,
+        model: Med3DVLM,
+        dataset: TaskDataset,
+        collate: TaskCollator,
+        decode: VolumeDecoder,
+        settings: TrainingRecipe,
     ):
-        self.model, self.dataset, self.collate, self.settings = model, dataset, collate, settings
+        self.model, self.dataset, self.settings = model, dataset, settings
+        self.collate, self.decode = collate, decode
 
     def __call__(self, learner: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
         """`learner` is the model, or the model within its adapters."""
         total = tokens = 0.0
         size, device = self.settings.batch_size, self.model.device
-        for batch, _ in batches(self.dataset, self.collate, size, device):
+        for batch, _ in batches(self.dataset, self.collate, self.decode, size, device):
             counted = int((batch["labels"][:, 1:] != IGNORED).sum())
             total += learner(**batch).loss.item() * counted
             tokens += counted
@@ -300,7 +303,8 @@ class TaskMeasure:
         if not count:
             return []
         items = [self.dataset[i] for i in range(count)]
-        batch = {k: v.to(self.model.device) for k, v in self.collate(items).items()}
+        size, device = len(items), self.model.device
+        ((batch, _),) = batches(items, self.collate, self.decode, size, device)
         if "volumes" in batch:
             visual = self.model.get_visual_tokens(batch["volumes"])
         else:

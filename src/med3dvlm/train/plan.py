@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from med3dvlm.data.sources import Progress
-from med3dvlm.data.store import Store
+from med3dvlm.data.store import STORE, Store
 from med3dvlm.train.engine import Job, trainable_parameters
 from med3dvlm.train.recipe import Recipe, RecipeError, check_needs
+from med3dvlm.train.studies import held_out_ids, ids, weights
 
 STUDIES = 32  # that are looked at
 TIMED_STEPS = 3
@@ -96,16 +97,18 @@ def plan(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
 def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
     """How many studies the run would train on, and the same recipe for a few of them."""
     data = recipe.data
-    there = "://" in data.store or Path(data.store, "store.json").is_file()
     training = replace(recipe.training, batch_size=1, evaluate_steps=None)
     validation = replace(data.validation, studies=0)
+    there = all("://" in location or Path(location, STORE).is_file() for location in weights(data))
     if there:
-        store = Store(data.store, skip=data.skip)
-        chosen = [store.ids[index] for index in store.in_split(data.split)]
-        count = len(chosen)
-        if not data.phantoms and data.validation.split == data.split:
-            count -= data.validation.studies
-        few = replace(data, phantoms=0, skip=[*data.skip, *chosen[STUDIES:]], validation=validation)
+        held_out = [[]] if data.phantoms else held_out_ids(data)
+        count, skip = 0, []
+        for location, out in zip(weights(data), held_out, strict=True):
+            chosen = [name for name in ids(Store(location), data.split) if name not in out]
+            chosen = [name for name in chosen if name not in data.skip]
+            count += len(chosen)
+            skip += chosen[STUDIES:]
+        few = replace(data, phantoms=0, skip=[*data.skip, *skip], validation=validation)
     else:
         count, folder = data.phantoms, str(scratch / "phantoms")
         few = replace(data, store=folder, phantoms=min(STUDIES, count), validation=validation)
@@ -174,8 +177,11 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
 
 def _batch(job: Job, size: int) -> dict[str, Tensor]:
     device = next(job.learner.parameters()).device
-    items = [job.dataset[i] for i in range(size)]
-    return {name: tensor.to(device) for name, tensor in job.collate(items).items()}
+    return _to_device(job, [job.dataset[i] for i in range(size)], device)
+
+
+def _to_device(job: Job, items: list[Any], device: torch.device) -> dict[str, Tensor]:
+    return job.decode({name: tensor.to(device) for name, tensor in job.collate(items).items()})
 
 
 def _text_lengths(job: Job) -> list[int]:
@@ -227,7 +233,7 @@ def _step_seconds(job: Job, size: int, precision: str) -> float:
         began = time.monotonic()
         items = [job.dataset[(number * size + i) % len(job.dataset)] for i in range(size)]
         device = learning[0].device
-        batch = {name: tensor.to(device) for name, tensor in job.collate(items).items()}
+        batch = _to_device(job, items, device)
         _forward(job.learner, batch, precision).backward()
         optimizer.step()
         optimizer.zero_grad()

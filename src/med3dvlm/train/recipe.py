@@ -23,6 +23,8 @@ TASKS = ("report", "caption", "closed", "open", "yes_no")
 # by which power of its length an answer's tokens count less
 LOSS_AVERAGES = {"token": 0.0, "root": 0.5, "answer": 1.0}
 METRICS = {"contrastive": ("loss", "r_at_1"), "alignment": ("loss",), "instruction": ("loss",)}
+# How scans are flipped in training (see med3dvlm.data.augment).
+FLIPS = ("off", "swap", "published")
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -47,11 +49,13 @@ class ValidationRecipe:
 class DataRecipe:
     """The prepared studies to learn from: a store, made by `med3dvlm prepare`.
 
-    With `phantoms` more than 0, that many studies of `split` and `seed` are generated into
+    In its place `mixture` names several, each with its weight: its share of an epoch. With
+    `phantoms` more than 0, that many studies of `split` and `seed` are generated into
     `store` first, where they are not there yet.
     """
 
-    store: str = MISSING
+    store: str = ""
+    mixture: dict[str, float] = field(default_factory=dict)
     phantoms: int = 0
     split: str = "train"
     seed: int = 0
@@ -64,9 +68,11 @@ class DataRecipe:
     # Contrastive stage: how often the short caption stands in for the report.
     caption_share: float = 0.0
     # Augmentation, contrastive stage: intensity scale and shift as shares of the range, and
-    # shifts of the volume in voxels. No flips: reports speak of left and right.
+    # shifts of the volume in voxels. Flips: off; swap mirrors left and right in scan and words;
+    # published flips and turns scans whose words stay, as the published training did.
     intensity: float = 0.1
     shift_voxels: int = 2
+    flips: str = "off"
     validation: ValidationRecipe = field(default_factory=ValidationRecipe)
 
 
@@ -196,6 +202,7 @@ def check_settings(recipe: Recipe) -> None:
         ("stage", recipe.stage, STAGES),
         ("training.precision", training.precision, PRECISIONS),
         ("training.schedule", training.schedule, SCHEDULES),
+        ("data.flips", data.flips, FLIPS),
         ("training.loss_average", training.loss_average, tuple(LOSS_AVERAGES)),
         *(("training.loggers", name, LOGGERS) for name in training.loggers),
         *(("data.tasks", name, TASKS) for name in data.tasks),
@@ -204,6 +211,15 @@ def check_settings(recipe: Recipe) -> None:
     for key, value, known in one_of:
         if value not in known:
             raise RecipeError(f"{key} {value!r} is unknown: choose one of {', '.join(known)}.")
+    if bool(data.store) == bool(data.mixture):
+        raise RecipeError("data: give either a store or a mixture of stores, with their weights.")
+    if data.mixture and data.phantoms:
+        raise RecipeError("data.phantoms are generated into data.store: give that, no mixture.")
+    for name, weight in data.mixture.items():
+        if not 0 < weight < math.inf:
+            raise RecipeError(f"data.mixture: the weight of {name} is {weight}: it must be over 0.")
+    if data.flips != "off" and recipe.stage != "contrastive":
+        raise RecipeError("data.flips is for the contrastive stage: leave it out.")
     least = [
         ("training.batch_size", training.batch_size, 1),
         ("training.accumulation", training.accumulation, 1),
@@ -266,12 +282,14 @@ def check_needs(recipe: Recipe) -> None:
     _check_checkpoint("start", recipe.start)
     for key in ("language_model", "text_encoder"):
         _check_checkpoint(f"model.{key}", recipe.model.get(key))
-    store = recipe.data.store
-    if not recipe.data.phantoms and "://" not in store and not Path(store, "store.json").is_file():
-        raise RecipeError(
-            f"data.store: {store} is no finished store: run med3dvlm prepare, or set data.phantoms "
-            "to generate studies."
-        )
+    for store in recipe.data.mixture or [recipe.data.store]:
+        there = "://" in store or Path(store, "store.json").is_file()
+        if not recipe.data.phantoms and not there:
+            key = "mixture" if recipe.data.mixture else "store"
+            raise RecipeError(
+                f"data.{key}: {store} is no finished store: run med3dvlm prepare, or set "
+                "data.phantoms to generate studies."
+            )
 
 
 def _check_checkpoint(key: str, name: str | None) -> None:
