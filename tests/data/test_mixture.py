@@ -50,6 +50,11 @@ def test_the_seed_alone_says_what_is_drawn(stores):
     assert order(1) == order(1) != order(2)
 
 
+def test_weights_by_size_show_each_study_once_in_order(stores):
+    mixture = Mixture({store: float(len(store)) for store in stores})
+    assert [mixture.drawn(i) for i in range(16)] == [*range(8), *range(8)]
+
+
 def test_every_study_is_that_of_its_store(stores):
     mixture = Mixture({stores[0]: 1.0, stores[1]: 1.0})
     assert mixture.ids == stores[0].ids + stores[1].ids

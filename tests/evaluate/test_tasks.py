@@ -170,9 +170,9 @@ def test_the_controls_of_questions_are_asked_with_a_blank_and_without_the_scan(v
     ]
     row = rows["closed, all"]
     assert row["blank"] == pytest.approx(np.mean(correct)) and row["studies"] == CONTROLS
-    plane = rows["closed, plane"]  # the demo model knows planes, and not from their questions
-    assert plane["scan"] == 1
-    assert max(plane["blank"], plane["other patient"], plane["shuffled"]) < 1
+    phase = rows["closed, phase"]  # the demo model knows phases, and not from their questions
+    assert phase["scan"] == 1
+    assert max(phase["blank"], phase["other patient"], phase["shuffled"]) < 1
     assert all(
         r["verdict"] in ("falls", "survives blank", "not above chance") for r in rows.values()
     )

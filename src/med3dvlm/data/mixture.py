@@ -53,7 +53,9 @@ class Mixture:
         quota = int(self.shares[source + 1] - self.shares[source])
         count = len(self.stores[source])
         lap, position = divmod(epoch * quota + place - int(self.shares[source]), count)
-        return int(self.starts[source]) + int(_order(self.seed, source, lap, count)[position])
+        if quota != count:  # else each study once an epoch, in the order in which they lie there
+            position = int(_order(self.seed, source, lap, count)[position])
+        return int(self.starts[source]) + position
 
     def study(self, index: int) -> dict[str, Any]:
         store, place = self._at(index)

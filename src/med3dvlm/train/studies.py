@@ -85,7 +85,7 @@ def _from_stores(data: DataRecipe, preparation: Preparation, seed: int) -> Studi
         skip = [name for name in data.skip if name in known]
         train[_only(whole, set(ids(whole, data.split)) - set(out) - set(skip))] = weight
         if out:
-            held_out[_only(whole, out)] = weight
+            held_out[_only(whole, out)] = float(len(out))  # each once
     unknown = set(data.skip) - {name for location in weights(data) for name in Store(location).ids}
     if unknown:
         raise RecipeError(
