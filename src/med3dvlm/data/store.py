@@ -184,13 +184,14 @@ class Store:
             self.table = self._without(skip)
         self.ids: list[str] = self.table["id"].to_pylist()
         self.rows = self.table["row"].to_numpy()
+        self.kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers open the array themselves."""
-        return {k: v for k, v in self.__dict__.items() if k != "volumes"}
+        return {k: v for k, v in self.__dict__.items() if k != "volumes"} | {"kept": None}
 
     @cached_property
     def volumes(self) -> zarr.Array:
@@ -203,6 +204,8 @@ class Store:
         Raises:
             StoreError: if the volume cannot be read, naming the study.
         """
+        if self.kept is not None:
+            return self.kept[(index, *part)]
         try:
             return np.asarray(self.volumes[(int(self.rows[index]), *part)])
         except Exception as error:  # a damaged shard fails in the codec, the index, the disk
@@ -210,6 +213,13 @@ class Store:
                 f"{self.location}: the volume of study {self.ids[index]} cannot be read "
                 f"({error}); prepare or copy the store again, or skip that study."
             ) from error
+
+    def keep_in_memory(self) -> None:
+        """Read every volume now; `stored` then gives parts of one array, not to be changed."""
+        kept = np.empty((len(self), *self.preparation.size), self.info["dtype"])
+        for index in range(len(self)):
+            kept[index] = self.stored(index)
+        self.kept = kept
 
     def volume(self, index: int, part: tuple[slice, ...] = ()) -> np.ndarray:
         """As `stored`, but the prepared values, float32."""
