@@ -40,6 +40,7 @@ class DCFormerConfig(PretrainedConfig):
         channels: width of stages 0-4.
         kernel_sizes: kernel of the depthwise decomposed convolutions in stages 1-4, voxels.
         stem_kernel_size, stem_stride: the first layer of the stem.
+        stem_layers: convolutions of the stem, the strided one among them; the paper has four.
         stem_activation: "gelu" as the paper means it, or "none" as in the published weights,
             whose stem is linear.
         stem_antialias: let the first layer of the stem average over what it strides across.
@@ -66,6 +67,7 @@ class DCFormerConfig(PretrainedConfig):
         kernel_sizes: tuple[int, ...] | list[int] = (13, 11, 9, 7),
         stem_kernel_size: int = 7,
         stem_stride: int = 4,
+        stem_layers: int = 4,
         stem_activation: str = "gelu",
         stem_antialias: bool = False,
         stem_patches: bool = False,
@@ -96,6 +98,7 @@ class DCFormerConfig(PretrainedConfig):
         self.kernel_sizes = list(kernel_sizes)
         self.stem_kernel_size = stem_kernel_size
         self.stem_stride = stem_stride
+        self.stem_layers = stem_layers
         self.stem_activation = stem_activation
         self.stem_antialias = stem_antialias
         self.stem_patches = stem_patches
@@ -243,7 +246,7 @@ class PatchConv3d(nn.Module):
 
 
 class Stem(nn.Module):
-    """Stage 0: a strided convolution, then three decomposed ones; the grid shrinks by 4."""
+    """Stage 0: a strided convolution, then decomposed ones, three; the grid shrinks by 4."""
 
     def __init__(self, config: DCFormerConfig):
         super().__init__()
@@ -258,7 +261,9 @@ class Stem(nn.Module):
                 stride=config.stem_stride,
                 antialias=config.stem_antialias,
             )
-        rest = [DecomposedConv3d(width, width, kernel_size=3) for _ in range(3)]
+        rest = [
+            DecomposedConv3d(width, width, kernel_size=3) for _ in range(config.stem_layers - 1)
+        ]
         self.layers = nn.ModuleList([first, *rest])
         self.activation = nn.GELU() if config.stem_activation == "gelu" else nn.Identity()
 
