@@ -117,9 +117,15 @@ class Quantisation:
     def decode(self, stored: Any) -> Any:
         """Stored values, an array or a tensor of any shape, as float32 of the same kind."""
         values = stored.astype(np.float32) if isinstance(stored, np.ndarray) else stored.float()
+        gain, low = self.affine
+        return values if (gain, low) == (1.0, 0.0) else values * gain + low
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """(gain, low): a value is gain times what is stored, and low."""
         if self.dtype == "float16":
-            return values
-        return values * ((self.high - self.low) / 255) + self.low
+            return 1.0, 0.0
+        return (self.high - self.low) / 255, self.low
 
 
 def create_volumes(
