@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/med3dvlm demo
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check --no-cache .
