@@ -118,6 +118,21 @@ def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "data": {**kept["data"], "store": ""}}
 
 
+class _Clock:
+    """Seconds of a run, and of its processor, less the pauses; it starts by itself."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu_seconds = 0.0
+        self.start()
+
+    def start(self) -> None:
+        self.began, self.cpu_began = time.monotonic(), time.process_time()
+
+    def stop(self) -> None:
+        self.seconds += time.monotonic() - self.began
+        self.cpu_seconds += time.process_time() - self.cpu_began
+
+
 def _train(recipe: Recipe, progress: Progress | None) -> bool:
     """Train one run unless it is finished; what it cost is written last.
 
@@ -127,31 +142,28 @@ def _train(recipe: Recipe, progress: Progress | None) -> bool:
         return False
     output = Path(recipe.output)
     resumed = last_checkpoint(output / "checkpoints") is not None
-    began, cpu_began = time.monotonic(), time.process_time()
+    clock = _Clock()
     job = begin(recipe, progress=progress)
-    begun, cpu_begun = time.monotonic(), time.process_time()
-    parts = trainable_parameters(job.model)
+    clock.stop()
+    learning = sum(p.numel() for p in job.learner.parameters() if p.requires_grad)
     flop, encoding = step_flop(job, recipe), encoding_flop(job)
-    trained, cpu_trained = time.monotonic(), time.process_time()
-    finish(job, recipe)
-    seconds = time.monotonic() - trained + begun - began
-    cpu = time.process_time() - cpu_trained + cpu_begun - cpu_began
+    clock.start()
+    model = finish(job, recipe)
+    clock.stop()
     history = json.loads((output / "history.json").read_text("utf-8"))
     steps = max(entry["step"] for entry in history)
-    samples = steps * recipe.training.batch_size * recipe.training.accumulation
+    parts = {name: count for name, (_, count) in trainable_parameters(model).items()}
     write_json(
         output / COST,
         {
             "steps": steps,
-            "studies_seen": samples,
-            "seconds": None if resumed else seconds,
-            "cpu_seconds": None if resumed else cpu,
+            "studies_seen": steps * recipe.training.batch_size * recipe.training.accumulation,
+            "seconds": None if resumed else clock.seconds,
+            "cpu_seconds": None if resumed else clock.cpu_seconds,
             "flop": flop * steps + encoding,
-            "parameters": sum(count for _, count in parts.values()),
-            "parameters_trained": sum(
-                p.numel() for p in job.learner.parameters() if p.requires_grad
-            ),
-            "parts": {name: count for name, (_, count) in parts.items()},
+            "parameters": sum(parts.values()),
+            "parameters_trained": learning,
+            "parts": parts,
         },
     )
     shutil.rmtree(output / "checkpoints")

@@ -95,11 +95,7 @@ def language(folder: Path, store: Store, asked: int) -> dict[str, Score]:
     drafts = draft(answerer, seen[SCAN], batch_size=BATCH)
     true, said = cases.finding_matrix(), cases.said(drafts)
     answered = answer_conditions(answerer, cases, seen, written=False)[SCAN]
-    closed, yes, no = (
-        np.zeros((2, len(cases))),
-        np.zeros((2, len(cases))),
-        np.zeros((2, len(cases))),
-    )
+    closed, yes, no = (np.zeros((2, len(cases))) for _ in range(3))  # right answers, questions
     chances = []
     for sample in answered:
         of = {"yes": yes, "no": no}.get(sample["right"], closed)

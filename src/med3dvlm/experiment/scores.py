@@ -84,12 +84,8 @@ class Auroc:
         truth, given, counted = self.truth[chosen], self.given[chosen], self.counted[chosen]
         if counted.all():
             return auroc(truth, given)
-        return np.array(
-            [
-                auroc(truth[counted[:, [k]][:, 0], k][:, None], given[counted[:, k], k][:, None])[0]
-                for k in range(len(self.names))
-            ]
-        )
+        columns = zip(truth.T, given.T, counted.T, strict=True)
+        return np.array([auroc(t[c, None], g[c, None])[0] for t, g, c in columns])
 
     def positives(self) -> np.ndarray:
         """(findings,) studies that have one."""

@@ -171,6 +171,8 @@ def load_experiment(
     try:
         _check_names(experiment)
         experiment = experiment.only(only or list(experiment.questions))
+        if seeds is not None and seeds > len(experiment.seeds):
+            raise ExperimentError(f"it has {len(experiment.seeds)} seeds, not {seeds}.")
         experiment.seeds = experiment.seeds[:seeds]
         recipes = {
             (seed, name): _recipe(experiment, name, seed, path.parent, folder)
