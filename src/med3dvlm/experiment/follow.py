@@ -26,7 +26,7 @@ from med3dvlm.train.checkpoints import last_checkpoint
 from med3dvlm.train.engine import trainable_parameters
 from med3dvlm.train.plan import encoding_flop, step_flop
 
-COST = "cost.json"
+RECIPE, COST = "recipe.json", "cost.json"
 Say = Callable[[str], None]
 
 
@@ -96,26 +96,19 @@ def held_out(planned: Planned, *, progress: Progress | None = None) -> Store:
 
 def _check_same(recipe: Recipe, key: tuple[int, str]) -> None:
     """Refuse a folder whose run was another one: its figures would be taken for this one's."""
-    path = Path(recipe.output, "training.json")
-    if not path.is_file():
-        return
-    made = json.loads(path.read_text("utf-8"))["recipe"]
-    if _without_paths(made) != _without_paths(_settings(recipe)):
+    path = Path(recipe.output, RECIPE)
+    if path.is_file() and json.loads(path.read_text("utf-8")) != _settings(recipe):
         raise ExperimentError(
             f"{path.parent} holds a run of another recipe (seed {key[0]}, {key[1]}): choose "
             "another folder, or remove that one."
         )
 
 
-def _settings(recipe: Recipe) -> Any:
-    plain = OmegaConf.to_container(OmegaConf.structured(recipe))
-    return json.loads(json.dumps(plain))
-
-
-def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """A folder can be moved."""
-    kept = {key: value for key, value in settings.items() if key not in ("output", "start")}
-    return {**kept, "data": {**kept["data"], "store": ""}}
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Without paths, for a folder can be moved."""
+    settings = json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(recipe))))
+    del settings["output"], settings["start"], settings["data"]["store"]
+    return settings
 
 
 class _Clock:
@@ -142,6 +135,7 @@ def _train(recipe: Recipe, progress: Progress | None) -> bool:
         return False
     output = Path(recipe.output)
     resumed = last_checkpoint(output / "checkpoints") is not None
+    write_json(output / RECIPE, _settings(recipe))
     clock = _Clock()
     job = begin(recipe, progress=progress)
     clock.stop()

@@ -66,12 +66,12 @@ class Outcome:
         return results
 
     def save(self, folder: Path) -> None:
-        """results.json, results.md, a CSV a table and comparison.png, each written atomically."""
+        """results.json with every number, results.md and comparison.png, each written atomically."""
         from med3dvlm.evaluate.tasks.plots import png
 
-        results = self.results()
-        results.save(folder)
         write_json(folder / "results.json", self.to_dict())
+        with atomic_file(folder / "results.md") as temporary:
+            temporary.write_text(self.results().to_markdown() + "\n", "utf-8")
         with atomic_file(folder / "comparison.png") as temporary:
             temporary.write_bytes(png(self.plot(), dpi=130))
 
