@@ -77,12 +77,14 @@ EXPERIMENT = {
     "test_studies": 12,
     "asked_studies": 4,
     "runs": {
-        "siglip": {"recipe": "contrastive.yaml", "set": {"model.vision_config": DCFORMER}},
+        "siglip": {
+            "recipe": "contrastive.yaml",
+            "set": {"model.vision_config": DCFORMER, "model.concept_loss_weight": 1.0},
+        },
         "vit": {
             "recipe": "contrastive.yaml",
             "set": {
                 "model.loss": "infonce",
-                "model.concept_loss_weight": 0,
                 "model.vision_config": VIT,
             },
         },
@@ -265,7 +267,8 @@ def test_flop_are_counted_as_by_hand_and_leave_the_model_as_it_is(made, planned)
     tokens, width, patches = 9, 16, 8
     patchify, layers = patches * 2048 * width, 2 * tokens * 12 * width**2  # multiply-adds
     attention = 2 * 2 * tokens**2 * width  # of two factors that both need a gradient
-    multiply_adds = patchify + 2 * layers + 2 * attention  # the volume needs no gradient
+    projection = width * 16  # hands its gradient down to the encoder
+    multiply_adds = patchify + 2 * layers + 2 * attention + projection  # none for the volume
     assert whole - without == 2 * multiply_adds * 4
 
 
@@ -292,6 +295,10 @@ def test_an_experiment_that_cannot_be_followed_is_refused(tmp_path):
     refused(
         "must have one run that 'retrieval' can measure",
         questions={"q": {**retrieval, "arms": {"InfoNCE": ["linear"]}}},
+    )
+    refused(
+        "run 'vit' has none of",
+        questions={"q": {**retrieval, "measure": ["findings"]}},
     )
     longer = {**runs["vit"], "set": {**runs["vit"]["set"], "training.max_steps": 3}}
     refused("different numbers of studies", runs={**runs, "vit": longer})

@@ -66,7 +66,7 @@ class Outcome:
         return results
 
     def save(self, folder: Path) -> None:
-        """results.json with every number, results.md and comparison.png, each written atomically."""
+        """results.json with every number, results.md, comparison.png; each written atomically."""
         from med3dvlm.evaluate.tasks.plots import png
 
         write_json(folder / "results.json", self.to_dict())

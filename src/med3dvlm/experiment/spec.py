@@ -230,10 +230,17 @@ def _check_budgets(planned: Planned) -> None:
             chain = experiment.chain(names)
             seen[arm] = sum(planned.studies_seen(seed, name) for name in chain)
             for measure in question.measure:
-                if len(planned.runs_of(names, measure)) != 1:
+                measured = planned.runs_of(names, measure)
+                if len(measured) != 1:
                     raise ExperimentError(
                         f"questions.{key}: arm {arm!r} must have one run that {measure!r} can "
                         f"measure, of the stage {' or '.join(MEASURES[measure].stages)}."
+                    )
+                model = planned.recipes[seed, measured[0]].model
+                if measure == "findings" and not model.get("concept_loss_weight"):
+                    raise ExperimentError(
+                        f"questions.{key}: 'findings' needs a concept head, which run "
+                        f"{measured[0]!r} has none of: set its model.concept_loss_weight."
                     )
         if len(set(seen.values())) > 1:
             listed = ", ".join(f"{arm} {count:,}" for arm, count in seen.items())
