@@ -1,0 +1,298 @@
+"""DCFormer for inference: the same function, arranged for speed.
+
+What :class:`med3dvlm.models.dcformer.DCFormer` computes in evaluation mode, with
+- batch norms and layer scales folded into the weights beside them;
+- channels last throughout, so that every product is one of matrices: (tokens, C) @ (C, C');
+- the stem in slabs of planes that stay in the cache, its convolutions as products of shifted
+  views: one for each of the 3k - 2 distinct voxels of a decomposed convolution, not 3k. Only the
+  voxels that the stem reads are touched, and no layer of it exists as a whole;
+- the first two layers of a linear (published) stem merged into one;
+- depthwise convolutions as 2-D ones, which oneDNN computes ten times as fast as 3-D ones.
+
+The measurements behind each are in docs/performance.md and docs/decisions/0010-inference.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from med3dvlm.models.dcformer import Block, DCFormer, DecomposedConv3d, Stage, Stem
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+SLAB_TOKENS = 4096
+"""Tokens of the stem computed at once on a CPU: 1 MiB of 64 channels in fp32, a core's cache."""
+
+MLP_TOKENS = 4096
+"""Tokens whose hidden values, four times as wide, exist at once on a CPU."""
+
+Offset = tuple[int, int, int]
+
+
+class InferenceEncoder:
+    """The five token streams of a DCFormer's weights as they are now.
+
+    Args:
+        precision: "fp32" or "bf16", of the products; the weights' own where not given. Streams
+            are given in the precision of the weights.
+    """
+
+    def __init__(self, model: DCFormer, precision: str | None = None):
+        weight = next(model.parameters())
+        self.dtype = PRECISIONS[precision] if precision else weight.dtype
+        self.given = weight.dtype
+        self.stem = _Stem(model.stem, self.dtype)
+        self.stages = [_Stage(stage, self.dtype) for stage in model.stages]
+
+    def __call__(self, volumes: Tensor) -> list[Tensor]:
+        """(B, C, D, H, W) -> five of (B, N, C), as DCFormer's forward."""
+        x = torch.stack([self.stem(volume) for volume in volumes])  # (B, D, H, W, C)
+        streams = [x]
+        for stage in self.stages:
+            x = stage(x)
+            streams.append(x)
+        return [stream.flatten(1, 3).to(self.given) for stream in streams]
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Lines:
+    """A decomposed convolution with its batch norms folded: kernels per axis, one bias.
+
+    kernels: three of (C_out, C_in / groups, k), along depth, height and width; float64.
+    """
+
+    kernels: list[Tensor]
+    bias: Tensor
+
+    @classmethod
+    def of(cls, conv: DecomposedConv3d) -> _Lines:
+        kernels, biases = [], []
+        for axis in ("depth", "height", "width"):
+            line, norm = getattr(conv, f"along_{axis}"), getattr(conv, f"norm_{axis}")
+            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            kernels.append(line.weight.double().flatten(2) * scale[:, None, None])
+            biases.append((line.bias.double() - norm.running_mean.double()) * scale)
+            biases.append(norm.bias.double())
+        return cls(kernels, torch.stack(biases).sum(0))
+
+    def taps(self) -> dict[Offset, Tensor]:
+        """Offset (z, y, x) -> (C_in, C_out); the three lines share the voxel they cross in."""
+        taps: dict[Offset, Tensor] = {}
+        for axis, kernel in enumerate(self.kernels):
+            half = kernel.shape[2] // 2
+            for i in range(kernel.shape[2]):
+                offset = [0, 0, 0]
+                offset[axis] = i - half
+                key = (offset[0], offset[1], offset[2])
+                taps[key] = taps.get(key, 0) + kernel[:, :, i].T
+        return taps
+
+
+@dataclass
+class _Layer:
+    """A layer of the stem: a sum over offsets, then a bias."""
+
+    offsets: list[Offset]
+    weights: list[Tensor]  # (C_in, C_out) each
+    bias: Tensor
+
+    @classmethod
+    def of(cls, taps: dict[Offset, Tensor], bias: Tensor, dtype: torch.dtype) -> _Layer:
+        weights = [matrix.to(dtype).contiguous() for matrix in taps.values()]
+        return cls(list(taps), weights, bias.to(dtype))
+
+
+# --- stage 0 ----------------------------------------------------------------------------------
+
+
+class _Stem:
+    """(C_in, D, H, W) -> (D/s, H/s, W/s, C), one volume.
+
+    Features are computed in slabs of planes. Each layer needs one plane more on either side than
+    it gives, so it lags one plane behind the layer before, whose last two planes are kept.
+    """
+
+    def __init__(self, stem: Stem, dtype: torch.dtype):
+        first, *rest = stem.layers
+        lines = [_Lines.of(layer) for layer in stem.layers]
+        self.dtype = dtype
+        self.kernel, self.stride = first.along_depth.kernel_size[0], first.stride
+        self.antialias = first.antialias
+        self.activate = not isinstance(stem.activation, torch.nn.Identity)
+        # (3 C_in k + 1, C): the line of each axis through a token, channel by channel; then 1,
+        # for the bias, which unlike a bias proper is absent outside the volume
+        weight = torch.cat([kernel.flatten(1).T for kernel in lines[0].kernels])
+        weight = torch.cat([weight, lines[0].bias[None]])
+        taps = [line.taps() for line in lines[1:]]
+        self.first = weight.to(dtype) if self.activate else None
+        if not self.activate:  # linear: the second layer takes the lines themselves
+            taps[0] = {offset: weight @ matrix for offset, matrix in taps[0].items()}
+        self.layers = [
+            _Layer.of(tap, line.bias, dtype) for tap, line in zip(taps, lines[1:], strict=True)
+        ]
+
+    def __call__(self, volume: Tensor) -> Tensor:
+        lines = [self._lines(volume, axis) for axis in range(3)]
+        depth, height, width = lines[0].shape[:3]
+        plane = (height + 1) * (width + 1)
+        slab = depth + len(self.layers)
+        if volume.device.type == "cpu":
+            slab = min(slab, max(1, SLAB_TOKENS // plane))
+        # Zeros stand in column `width`, row `height` and before the first plane: what lies beyond
+        # an edge, on either side, since in memory the next row follows the column.
+        grid = (slab + 2, height + 1, width + 1)
+        widths = [layer.weights[0].shape[0] for layer in self.layers]
+        kept = [volume.new_zeros(*grid, channels, dtype=self.dtype) for channels in widths]
+        channels = self.layers[-1].bias.shape[0]
+        sums = volume.new_empty(slab * plane, channels, dtype=self.dtype)
+        result = volume.new_empty(depth, height, width, channels, dtype=self.dtype)
+        for start in range(0, depth + len(self.layers), slab):
+            for buffer in kept:
+                buffer[0].copy_(buffer[slab])
+                buffer[1].copy_(buffer[slab + 1])
+            begin, end = start, min(start + slab, depth)
+            if begin < end:
+                new = kept[0][2 : 2 + end - begin, :height, :width]
+                self._features([line[begin:end] for line in lines], new)
+            kept[0][2 + max(0, end - begin) :].zero_()
+            for level, layer in enumerate(self.layers, 1):
+                # planes begin … end of this layer lie at slot + 1 … of the buffer before
+                begin, end = max(0, start - level), min(start + slab - level, depth)
+                slot = begin - (start - level)
+                count = max(0, end - begin)
+                last = level == len(self.layers)
+                if count:
+                    self._convolve(layer, kept[level - 1], slot + 1, count, sums)
+                    found = sums[: count * plane].view(count, height + 1, width + 1, -1)
+                    target = (
+                        result[begin:end]
+                        if last
+                        else kept[level][slot + 2 : slot + 2 + count, :height, :width]
+                    )
+                    self._activation(found[:, :height, :width], target)
+                if not last:
+                    kept[level][2 + slot + count :].zero_()
+        return result
+
+    def _lines(self, volume: Tensor, axis: int) -> Tensor:
+        """(D/s, H/s, W/s, C_in, k): through each token, the voxels along one axis."""
+        for other in range(3):
+            if other != axis:
+                volume = self._thin(volume, other + 1)
+        half = self.kernel // 2
+        size = [0, 0, 0, 0, 0, 0]
+        size[2 * (2 - axis) : 2 * (2 - axis) + 2] = half, half
+        padded = F.pad(volume, size)
+        return padded.unfold(axis + 1, self.kernel, self.stride).movedim(0, 3)
+
+    def _thin(self, volume: Tensor, axis: int) -> Tensor:
+        """Every s-th voxel, or with antialiasing the mean of each s voxels (the last of fewer)."""
+        step, size = self.stride, volume.shape[axis]
+        if not self.antialias:
+            index = [slice(None)] * 4
+            index[axis] = slice(None, None, step)
+            return volume[tuple(index)]
+        missing = -size % step
+        padding = [0, 0] * (3 - axis) + [0, missing]
+        groups = F.pad(volume, padding).unflatten(axis, (-1, step)).sum(axis + 1)
+        counts = volume.new_full((groups.shape[axis],), step)
+        counts[-1] -= missing
+        return groups / counts.view(-1, *[1] * (3 - axis))
+
+    def _features(self, lines: list[Tensor], target: Tensor) -> None:
+        """Lines (n, H/s, W/s, C_in, k) of some planes -> what the first of `layers` reads."""
+        ones = lines[0].new_ones(*lines[0].shape[:3], 1)
+        columns = torch.cat([*(line.flatten(3) for line in lines), ones], -1).to(self.dtype)
+        if self.first is None:
+            target.copy_(columns)
+        else:
+            self._activation(columns @ self.first, target)
+
+    def _activation(self, values: Tensor, target: Tensor) -> None:
+        # not gelu with out=: it writes nothing where only the target has gaps (torch 2.13.0)
+        target.copy_(F.gelu(values) if self.activate else values)
+
+    @staticmethod
+    def _convolve(layer: _Layer, buffer: Tensor, slot: int, count: int, sums: Tensor) -> None:
+        """Planes slot … slot + count of a padded buffer, convolved, as rows of `sums`."""
+        _, height, width, channels = buffer.shape
+        rows = buffer.view(-1, channels)
+        begin, size = slot * height * width, count * height * width
+        out = sums[:size]
+        for i, ((z, y, x), weight) in enumerate(zip(layer.offsets, layer.weights, strict=True)):
+            at = begin + (z * height + y) * width + x
+            if i == 0:
+                torch.addmm(layer.bias, rows[at : at + size], weight, out=out)
+            else:
+                out.addmm_(rows[at : at + size], weight)
+
+
+# --- stages 1 to 4 ----------------------------------------------------------------------------
+
+
+class _Stage:
+    """(B, D, H, W, C) -> (B, D/2, H/2, W/2, C')."""
+
+    def __init__(self, stage: Stage, dtype: torch.dtype):
+        pool = stage.downsample.pool
+        self.pool = (pool.kernel_size, pool.stride, pool.padding)
+        self.proj = stage.downsample.proj.weight.detach().flatten(1).to(dtype)
+        self.blocks = [_Block(block, dtype) for block in stage.blocks]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.max_pool3d(x.movedim(-1, 1), *self.pool).movedim(1, -1).contiguous()
+        x = F.linear(x, self.proj)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class _Block:
+    """(B, D, H, W, C) -> the same shape."""
+
+    def __init__(self, block: Block, dtype: torch.dtype):
+        lines = _Lines.of(block.conv)
+        depth, height, width = (kernel[:, :, :, None].to(dtype) for kernel in lines.kernels)
+        self.kernels = depth, height, width.transpose(2, 3)  # (C, 1, k, 1) or (C, 1, 1, k)
+        expand, contract = block.expand.weight.double(), block.contract.weight.double()
+        scale = block.layer_scale.double()
+        self.expand = expand.to(dtype)
+        self.expand_bias = (block.expand.bias.double() + expand @ lines.bias).to(dtype)
+        self.contract = (contract * scale[:, None]).to(dtype)
+        self.contract_bias = (block.contract.bias.double() * scale).to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._convolve(x).view(-1, x.shape[-1])
+        rows = len(y) if x.device.type != "cpu" else MLP_TOKENS
+        for part in y.split(rows):
+            hidden = F.gelu(F.linear(part, self.expand, self.expand_bias))
+            part.copy_(F.linear(hidden, self.contract, self.contract_bias))
+        return y.view(x.shape).add_(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Along depth on images (D, H·W), along height and width on images (H, W)."""
+        batch, depth, height, width, channels = x.shape
+        along_depth, along_height, along_width = self.kernels
+        y = _depthwise(x.view(batch, depth, height * width, channels), along_depth).view(x.shape)
+        planes = x.view(batch * depth, height, width, channels)
+        y += _depthwise(planes, along_height).view(x.shape)
+        y += _depthwise(planes, along_width).view(x.shape)
+        return y
+
+
+def _depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """(N, H, W, C) with (C, 1, kh, kw), zeros beyond the edges -> the same shape."""
+    padding = kernel.shape[2] // 2, kernel.shape[3] // 2
+    image = x.permute(0, 3, 1, 2)  # channels last in memory
+    y = F.conv2d(image, kernel, padding=padding, groups=kernel.shape[0])
+    return y.permute(0, 2, 3, 1).contiguous()
