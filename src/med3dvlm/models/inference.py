@@ -14,7 +14,6 @@ The measurements behind each are in docs/performance.md and docs/decisions/0010-
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,30 @@ MLP_TOKENS = 4096
 Offset = tuple[int, int, int]
 
 
+class Inference:
+    """A DCFormer's way to compute in inference; it follows the weights when they change.
+
+    They are folded at the first use, and again whenever a parameter or a statistic was replaced
+    or changed in place since (not where `.data` was written to: torch does not count that).
+    """
+
+    def __init__(self, precision: str | None = None):
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} is unknown: use {' or '.join(PRECISIONS)}.")
+        self.precision = precision
+        self._folded: tuple[list[tuple[int, int]], InferenceEncoder] | None = None
+
+    def __call__(self, model: DCFormer, volumes: Tensor) -> list[Tensor]:
+        state = [_version(tensor) for tensor in (*model.parameters(), *model.buffers())]
+        if self._folded is None or self._folded[0] != state:
+            self._folded = state, InferenceEncoder(model, self.precision)
+        return self._folded[1](volumes)
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
 class InferenceEncoder:
     """The five token streams of a DCFormer's weights as they are now.
 
@@ -44,6 +67,7 @@ class InferenceEncoder:
             are given in the precision of the weights.
     """
 
+    @torch.no_grad()
     def __init__(self, model: DCFormer, precision: str | None = None):
         weight = next(model.parameters())
         self.dtype = PRECISIONS[precision] if precision else weight.dtype
@@ -98,18 +122,28 @@ class _Lines:
         return taps
 
 
-@dataclass
 class _Layer:
-    """A layer of the stem: a sum over offsets, then a bias."""
+    """A layer of the stem: for each token a sum over offsets, and a bias."""
 
-    offsets: list[Offset]
-    weights: list[Tensor]  # (C_in, C_out) each
-    bias: Tensor
+    def __init__(self, taps: dict[Offset, Tensor], bias: Tensor, dtype: torch.dtype):
+        self.offsets = list(taps)
+        self.weights = [matrix.to(dtype).contiguous() for matrix in taps.values()]
+        self.joint = torch.cat(self.weights).T.contiguous()  # (C_out, offsets · C_in)
+        self.bias = bias.to(dtype)
 
-    @classmethod
-    def of(cls, taps: dict[Offset, Tensor], bias: Tensor, dtype: torch.dtype) -> _Layer:
-        weights = [matrix.to(dtype).contiguous() for matrix in taps.values()]
-        return cls(list(taps), weights, bias.to(dtype))
+    def __call__(self, buffer: Tensor, slot: int, out: Tensor) -> None:
+        """Rows of a padded buffer (planes, H, W, C_in) from plane `slot` on -> `out` (rows, C)."""
+        _, height, width, channels = buffer.shape
+        begin = slot * height * width
+        steps = [(z * height + y) * width + x for z, y, x in self.offsets]
+        rows = buffer.view(-1, channels)
+        shifted = [rows[begin + step : begin + step + len(out)] for step in steps]
+        if out.dtype != torch.float32:  # one product: a sum in halves would round at each offset
+            out.copy_(F.linear(torch.cat(shifted, 1), self.joint, self.bias))
+            return
+        torch.addmm(self.bias, shifted[0], self.weights[0], out=out)
+        for part, weight in zip(shifted[1:], self.weights[1:], strict=True):
+            out.addmm_(part, weight)
 
 
 # --- stage 0 ----------------------------------------------------------------------------------
@@ -138,7 +172,7 @@ class _Stem:
         if not self.activate:  # linear: the second layer takes the lines themselves
             taps[0] = {offset: weight @ matrix for offset, matrix in taps[0].items()}
         self.layers = [
-            _Layer.of(tap, line.bias, dtype) for tap, line in zip(taps, lines[1:], strict=True)
+            _Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines[1:], strict=True)
         ]
 
     def __call__(self, volume: Tensor) -> Tensor:
@@ -172,7 +206,7 @@ class _Stem:
                 count = max(0, end - begin)
                 last = level == len(self.layers)
                 if count:
-                    self._convolve(layer, kept[level - 1], slot + 1, count, sums)
+                    layer(kept[level - 1], slot + 1, sums[: count * plane])
                     found = sums[: count * plane].view(count, height + 1, width + 1, -1)
                     target = (
                         result[begin:end]
@@ -222,20 +256,6 @@ class _Stem:
         # not gelu with out=: it writes nothing where only the target has gaps (torch 2.13.0)
         target.copy_(F.gelu(values) if self.activate else values)
 
-    @staticmethod
-    def _convolve(layer: _Layer, buffer: Tensor, slot: int, count: int, sums: Tensor) -> None:
-        """Planes slot … slot + count of a padded buffer, convolved, as rows of `sums`."""
-        _, height, width, channels = buffer.shape
-        rows = buffer.view(-1, channels)
-        begin, size = slot * height * width, count * height * width
-        out = sums[:size]
-        for i, ((z, y, x), weight) in enumerate(zip(layer.offsets, layer.weights, strict=True)):
-            at = begin + (z * height + y) * width + x
-            if i == 0:
-                torch.addmm(layer.bias, rows[at : at + size], weight, out=out)
-            else:
-                out.addmm_(rows[at : at + size], weight)
-
 
 # --- stages 1 to 4 ----------------------------------------------------------------------------
 
@@ -246,19 +266,20 @@ class _Stage:
     def __init__(self, stage: Stage, dtype: torch.dtype):
         pool = stage.downsample.pool
         self.pool = (pool.kernel_size, pool.stride, pool.padding)
-        self.proj = stage.downsample.proj.weight.detach().flatten(1).to(dtype)
+        self.proj = stage.downsample.proj.weight.flatten(1).to(dtype)
         self.blocks = [_Block(block, dtype) for block in stage.blocks]
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.proj.dtype)
         x = F.max_pool3d(x.movedim(-1, 1), *self.pool).movedim(1, -1).contiguous()
-        x = F.linear(x, self.proj)
+        x = F.linear(x, self.proj).float()  # what the blocks add to stays in fp32
         for block in self.blocks:
-            x = block(x)
+            x += block(x.to(self.proj.dtype))
         return x
 
 
 class _Block:
-    """(B, D, H, W, C) -> the same shape."""
+    """(B, D, H, W, C) -> the same shape, what the block adds to its input."""
 
     def __init__(self, block: Block, dtype: torch.dtype):
         lines = _Lines.of(block.conv)
@@ -277,7 +298,7 @@ class _Block:
         for part in y.split(rows):
             hidden = F.gelu(F.linear(part, self.expand, self.expand_bias))
             part.copy_(F.linear(hidden, self.contract, self.contract_bias))
-        return y.view(x.shape).add_(x)
+        return y.view(x.shape)
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Along depth on images (D, H·W), along height and width on images (H, W)."""
