@@ -22,7 +22,7 @@ def encoder(variant: str = "nano", **config) -> DCFormer:
     model = DCFormer(DCFormerConfig(variant=variant, **config)).eval()
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith(("layer_scale", "running_var")) or "norm" in name and value.ndim:
+            if name.endswith(("layer_scale", "running_var")) or ("norm" in name and value.ndim):
                 value.uniform_(0.3, 1.2)
             if name.endswith(("bias", "running_mean")):
                 value.normal_(0, 0.2)
@@ -31,17 +31,18 @@ def encoder(variant: str = "nano", **config) -> DCFormer:
 
 @pytest.fixture(scope="module")
 def stems() -> list[tuple[DCFormer, PlainDCFormer]]:
+    kinds = ({}, {"stem_antialias": True}, {"stem_patches": True, "stem_layers": 2})
     made = [
-        encoder(stem_activation=activation, stem_antialias=antialias)
+        encoder(stem_activation=activation, **kind)
         for activation in ("gelu", "none")
-        for antialias in (False, True)
+        for kind in (*kinds, {"stem_layers": 1})
     ]
     return [(model, PlainDCFormer.like(model)) for model in made]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    kind=st.integers(0, 3),
+    kind=st.integers(0, 7),
     batch=st.integers(1, 3),
     size=st.tuples(*[st.integers(1, 36)] * 3),
     slab=st.sampled_from([1, 50, 4096]),

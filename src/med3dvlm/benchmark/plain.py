@@ -71,12 +71,29 @@ class _Lines(nn.Module):
         return total
 
 
+class _Patches(nn.Module):
+    def __init__(self, c_in: int, c_out: int, size: int):
+        super().__init__()
+        self.size = size
+        self.proj = nn.Linear(c_in * size**3, c_out)
+        self.norm = nn.BatchNorm3d(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.size
+        x = nn.functional.pad(x, [n for axis in (4, 3, 2) for n in (0, -x.shape[axis] % s)])
+        kernel = self.proj.weight.view(-1, x.shape[1], s, s, s)
+        return self.norm(nn.functional.conv3d(x, kernel, self.proj.bias, stride=s))
+
+
 class _Stem(nn.Module):
     def __init__(self, config: DCFormerConfig):
         super().__init__()
         width, k, stride = config.channels[0], config.stem_kernel_size, config.stem_stride
-        first = _Lines(config.in_channels, width, k, stride, 1, config.stem_antialias)
-        rest = [_Lines(width, width, 3, 1, 1, False) for _ in range(3)]
+        if config.stem_patches:
+            first = _Patches(config.in_channels, width, stride)
+        else:
+            first = _Lines(config.in_channels, width, k, stride, 1, config.stem_antialias)
+        rest = [_Lines(width, width, 3, 1, 1, False) for _ in range(config.stem_layers - 1)]
         self.layers = nn.ModuleList([first, *rest])
         self.gelu = config.stem_activation == "gelu"
 

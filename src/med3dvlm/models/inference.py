@@ -9,7 +9,7 @@ What :class:`med3dvlm.models.dcformer.DCFormer` computes in evaluation mode, wit
 - the first two layers of a linear (published) stem merged into one;
 - depthwise convolutions as 2-D ones, which oneDNN computes ten times as fast as 3-D ones.
 
-The measurements behind each are in docs/performance.md and docs/decisions/0010-inference.md.
+The measurements behind each are in docs/performance.md and docs/decisions/0011-inference.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from med3dvlm.models.dcformer import Block, DCFormer, DecomposedConv3d, Stage, Stem
+    from med3dvlm.models.dcformer import (
+        Block,
+        DCFormer,
+        DecomposedConv3d,
+        PatchConv3d,
+        Stage,
+        Stem,
+    )
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -102,11 +109,12 @@ class _Lines:
     def of(cls, conv: DecomposedConv3d) -> _Lines:
         kernels, biases = [], []
         for axis in ("depth", "height", "width"):
-            line, norm = getattr(conv, f"along_{axis}"), getattr(conv, f"norm_{axis}")
-            scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            line, (scale, shift) = (
+                getattr(conv, f"along_{axis}"),
+                _norm(getattr(conv, f"norm_{axis}")),
+            )
             kernels.append(line.weight.double().flatten(2) * scale[:, None, None])
-            biases.append((line.bias.double() - norm.running_mean.double()) * scale)
-            biases.append(norm.bias.double())
+            biases.append(line.bias.double() * scale + shift)
         return cls(kernels, torch.stack(biases).sum(0))
 
     def taps(self) -> dict[Offset, Tensor]:
@@ -120,6 +128,12 @@ class _Lines:
                 key = (offset[0], offset[1], offset[2])
                 taps[key] = taps.get(key, 0) + kernel[:, :, i].T
         return taps
+
+
+def _norm(norm: torch.nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies with and adds, in evaluation mode; float64."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
 
 
 class _Layer:
@@ -158,76 +172,91 @@ class _Stem:
 
     def __init__(self, stem: Stem, dtype: torch.dtype):
         first, *rest = stem.layers
-        lines = [_Lines.of(layer) for layer in stem.layers]
         self.dtype = dtype
-        self.kernel, self.stride = first.along_depth.kernel_size[0], first.stride
-        self.antialias = first.antialias
-        self.activate = not isinstance(stem.activation, torch.nn.Identity)
-        # (3 C_in k + 1, C): the line of each axis through a token, channel by channel; then 1,
-        # for the bias, which unlike a bias proper is absent outside the volume
-        weight = torch.cat([kernel.flatten(1).T for kernel in lines[0].kernels])
-        weight = torch.cat([weight, lines[0].bias[None]])
-        taps = [line.taps() for line in lines[1:]]
-        self.first = weight.to(dtype) if self.activate else None
-        if not self.activate:  # linear: the second layer takes the lines themselves
-            taps[0] = {offset: weight @ matrix for offset, matrix in taps[0].items()}
-        self.layers = [
-            _Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines[1:], strict=True)
-        ]
+        self.voxels = _Patches(first) if hasattr(first, "proj") else _LinesThrough(first)
+        self.gelu = isinstance(stem.activation, torch.nn.GELU)
+        self.channels = self.voxels.weight.shape[1]
+        lines = [_Lines.of(layer) for layer in rest]
+        taps = [line.taps() for line in lines]
+        self.first = self.voxels.weight.to(dtype)
+        if not self.gelu and taps and len(self.first) < self.channels:
+            # linear, and less to multiply: the second layer takes the voxels themselves
+            taps[0] = {offset: self.voxels.weight @ tap for offset, tap in taps[0].items()}
+            self.first = None
+        self.layers = [_Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines, strict=True)]
 
     def __call__(self, volume: Tensor) -> Tensor:
-        lines = [self._lines(volume, axis) for axis in range(3)]
-        depth, height, width = lines[0].shape[:3]
-        plane = (height + 1) * (width + 1)
-        slab = depth + len(self.layers)
+        views = self.voxels(volume)
+        depth, height, width = views[0].shape[:3]
+        plane, last = (height + 1) * (width + 1), len(self.layers)
+        slab = depth + last
         if volume.device.type == "cpu":
             slab = min(slab, max(1, SLAB_TOKENS // plane))
         # Zeros stand in column `width`, row `height` and before the first plane: what lies beyond
         # an edge, on either side, since in memory the next row follows the column.
         grid = (slab + 2, height + 1, width + 1)
-        widths = [layer.weights[0].shape[0] for layer in self.layers]
-        kept = [volume.new_zeros(*grid, channels, dtype=self.dtype) for channels in widths]
-        channels = self.layers[-1].bias.shape[0]
-        sums = volume.new_empty(slab * plane, channels, dtype=self.dtype)
-        result = volume.new_empty(depth, height, width, channels, dtype=self.dtype)
-        for start in range(0, depth + len(self.layers), slab):
+        kept = [
+            volume.new_zeros(*grid, len(layer.weights[0]), dtype=self.dtype)
+            for layer in self.layers
+        ]
+        sums = volume.new_empty(slab * plane, self.channels, dtype=self.dtype)
+        result = volume.new_empty(depth, height, width, self.channels, dtype=self.dtype)
+        for start in range(0, depth + last, slab):
             for buffer in kept:
                 buffer[0].copy_(buffer[slab])
                 buffer[1].copy_(buffer[slab + 1])
-            begin, end = start, min(start + slab, depth)
-            if begin < end:
-                new = kept[0][2 : 2 + end - begin, :height, :width]
-                self._features([line[begin:end] for line in lines], new)
-            kept[0][2 + max(0, end - begin) :].zero_()
-            for level, layer in enumerate(self.layers, 1):
-                # planes begin … end of this layer lie at slot + 1 … of the buffer before
-                begin, end = max(0, start - level), min(start + slab - level, depth)
-                slot = begin - (start - level)
-                count = max(0, end - begin)
-                last = level == len(self.layers)
-                if count:
-                    layer(kept[level - 1], slot + 1, sums[: count * plane])
-                    found = sums[: count * plane].view(count, height + 1, width + 1, -1)
-                    target = (
-                        result[begin:end]
-                        if last
-                        else kept[level][slot + 2 : slot + 2 + count, :height, :width]
-                    )
-                    self._activation(found[:, :height, :width], target)
-                if not last:
+            for level in range(last + 1):  # 0: the first layer of the stem, or its voxels
+                begin, end = max(0, start - level), max(0, min(start - level + slab, depth))
+                slot, count = begin - (start - level), max(0, end - begin)
+                if level < last:
                     kept[level][2 + slot + count :].zero_()
+                if not count:
+                    continue
+                if level == 0:
+                    values = self._first([view[begin:end] for view in views])
+                else:  # plane `begin` lies one slot further in the buffer before
+                    rows = sums[: count * plane]
+                    self.layers[level - 1](kept[level - 1], slot + 1, rows)
+                    values = rows.view(count, height + 1, width + 1, -1)[:, :height, :width]
+                target = result[begin:end]
+                if level < last:
+                    target = kept[level][2 + slot : 2 + slot + count, :height, :width]
+                # not gelu with out=: it writes nothing where the target has gaps (torch 2.13.0)
+                target.copy_(F.gelu(values) if self.gelu else values)
         return result
 
-    def _lines(self, volume: Tensor, axis: int) -> Tensor:
-        """(D/s, H/s, W/s, C_in, k): through each token, the voxels along one axis."""
+    def _first(self, views: list[Tensor]) -> Tensor:
+        """Voxels of some planes -> (planes, H/s, W/s, C) of the first layer, or as they are."""
+        ones = views[0].new_ones(*views[0].shape[:3], 1)
+        columns = torch.cat([*(view.flatten(3) for view in views), ones], -1).to(self.dtype)
+        return columns if self.first is None else columns @ self.first
+
+
+class _LinesThrough:
+    """Of a decomposed strided convolution: the voxels along each axis through each token.
+
+    weight: (3 C_in k + 1, C), of the voxels, line by line and channel by channel; the last row is
+    the bias, whose 1 unlike a bias proper is absent beyond the edges. float64.
+    """
+
+    def __init__(self, conv: DecomposedConv3d):
+        lines = _Lines.of(conv)
+        rows = [kernel.flatten(1).T for kernel in lines.kernels]
+        self.weight = torch.cat([*rows, lines.bias[None]])
+        self.kernel, self.stride = lines.kernels[0].shape[2], conv.stride
+        self.antialias = conv.antialias
+
+    def __call__(self, volume: Tensor) -> list[Tensor]:
+        """(C_in, D, H, W) -> three of (D/s, H/s, W/s, C_in, k)."""
+        return [self._line(volume, axis) for axis in range(3)]
+
+    def _line(self, volume: Tensor, axis: int) -> Tensor:
         for other in range(3):
             if other != axis:
                 volume = self._thin(volume, other + 1)
-        half = self.kernel // 2
-        size = [0, 0, 0, 0, 0, 0]
-        size[2 * (2 - axis) : 2 * (2 - axis) + 2] = half, half
-        padded = F.pad(volume, size)
-        return padded.unfold(axis + 1, self.kernel, self.stride).movedim(0, 3)
+        padding = [0] * 6
+        padding[4 - 2 * axis : 6 - 2 * axis] = [self.kernel // 2] * 2  # the last axis comes first
+        return F.pad(volume, padding).unfold(axis + 1, self.kernel, self.stride).movedim(0, 3)
 
     def _thin(self, volume: Tensor, axis: int) -> Tensor:
         """Every s-th voxel, or with antialiasing the mean of each s voxels (the last of fewer)."""
@@ -243,18 +272,21 @@ class _Stem:
         counts[-1] -= missing
         return groups / counts.view(-1, *[1] * (3 - axis))
 
-    def _features(self, lines: list[Tensor], target: Tensor) -> None:
-        """Lines (n, H/s, W/s, C_in, k) of some planes -> what the first of `layers` reads."""
-        ones = lines[0].new_ones(*lines[0].shape[:3], 1)
-        columns = torch.cat([*(line.flatten(3) for line in lines), ones], -1).to(self.dtype)
-        if self.first is None:
-            target.copy_(columns)
-        else:
-            self._activation(columns @ self.first, target)
 
-    def _activation(self, values: Tensor, target: Tensor) -> None:
-        # not gelu with out=: it writes nothing where only the target has gaps (torch 2.13.0)
-        target.copy_(F.gelu(values) if self.activate else values)
+class _Patches:
+    """Of a convolution over whole patches: their voxels. weight: (C_in size³ + 1, C), float64."""
+
+    def __init__(self, conv: PatchConv3d):
+        scale, shift = _norm(conv.norm)
+        weight = conv.proj.weight.double() * scale[:, None]
+        self.weight = torch.cat([weight.T, (conv.proj.bias.double() * scale + shift)[None]])
+        self.size = conv.size
+
+    def __call__(self, volume: Tensor) -> list[Tensor]:
+        """(C_in, D, H, W) -> one of (D/s, H/s, W/s, C_in, s, s, s)."""
+        s = self.size
+        volume = F.pad(volume, [n for size in reversed(volume.shape[1:]) for n in (0, -size % s)])
+        return [volume.unfold(1, s, s).unfold(2, s, s).unfold(3, s, s).movedim(0, 3)]
 
 
 # --- stages 1 to 4 ----------------------------------------------------------------------------
