@@ -1,7 +1,7 @@
 """Other ways to run the encoder fast on a CPU, beside the one that was kept (decision 11).
 
     pip install openvino onnxruntime onnx onnxscript
-    python benchmarks/encoder_engines.py [--variant small] [--size 128 256 256] [--runs 3] [--only NAME …]
+    python benchmarks/encoder_engines.py [--published] [--only NAME …]
 
 torch.compile needs a C++ compiler. Every form has the same weights and is compared with the plain
 one in the same run.
