@@ -84,7 +84,7 @@ class InferenceEncoder:
 
     def __call__(self, volumes: Tensor) -> list[Tensor]:
         """(B, C, D, H, W) -> five of (B, N, C), as DCFormer's forward."""
-        x = torch.stack([self.stem(volume) for volume in volumes])  # (B, D, H, W, C)
+        x = self.stem(volumes)
         streams = [x]
         for stage in self.stages:
             x = stage(x)
@@ -164,7 +164,7 @@ class _Layer:
 
 
 class _Stem:
-    """(C_in, D, H, W) -> (D/s, H/s, W/s, C), one volume.
+    """(B, C_in, D, H, W) -> (B, D/s, H/s, W/s, C), a volume at a time.
 
     Features are computed in slabs of planes. Each layer needs one plane more on either side than
     it gives, so it lags one plane behind the layer before, whose last two planes are kept.
@@ -185,22 +185,26 @@ class _Stem:
             self.first = None
         self.layers = [_Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines, strict=True)]
 
-    def __call__(self, volume: Tensor) -> Tensor:
-        views = self.voxels(volume)
-        depth, height, width = views[0].shape[:3]
+    def __call__(self, volumes: Tensor) -> Tensor:
+        views = [self.voxels(volume) for volume in volumes]
+        shape = len(volumes), *views[0][0].shape[:3], self.channels
+        result = volumes.new_empty(shape, dtype=self.dtype)
+        for parts, target in zip(views, result, strict=True):
+            self._encode(parts, target)
+        return result
+
+    def _encode(self, views: list[Tensor], result: Tensor) -> None:
+        """One volume's voxels (D/s, H/s, W/s, …) -> (D/s, H/s, W/s, C) in place."""
+        depth, height, width = result.shape[:3]
         plane, last = (height + 1) * (width + 1), len(self.layers)
         slab = depth + last
-        if volume.device.type == "cpu":
+        if result.device.type == "cpu":
             slab = min(slab, max(1, SLAB_TOKENS // plane))
         # Zeros stand in column `width`, row `height` and before the first plane: what lies beyond
         # an edge, on either side, since in memory the next row follows the column.
         grid = (slab + 2, height + 1, width + 1)
-        kept = [
-            volume.new_zeros(*grid, len(layer.weights[0]), dtype=self.dtype)
-            for layer in self.layers
-        ]
-        sums = volume.new_empty(slab * plane, self.channels, dtype=self.dtype)
-        result = volume.new_empty(depth, height, width, self.channels, dtype=self.dtype)
+        kept = [result.new_zeros(*grid, len(layer.weights[0])) for layer in self.layers]
+        sums = result.new_empty(slab * plane, self.channels)
         for start in range(0, depth + last, slab):
             for buffer in kept:
                 buffer[0].copy_(buffer[slab])
@@ -223,7 +227,6 @@ class _Stem:
                     target = kept[level][2 + slot : 2 + slot + count, :height, :width]
                 # not gelu with out=: it writes nothing where the target has gaps (torch 2.13.0)
                 target.copy_(F.gelu(values) if self.gelu else values)
-        return result
 
     def _first(self, views: list[Tensor]) -> Tensor:
         """Voxels of some planes -> (planes, H/s, W/s, C) of the first layer, or as they are."""
@@ -317,11 +320,11 @@ class _Block:
         lines = _Lines.of(block.conv)
         depth, height, width = (kernel[:, :, :, None].to(dtype) for kernel in lines.kernels)
         self.kernels = depth, height, width.transpose(2, 3)  # (C, 1, k, 1) or (C, 1, 1, k)
-        expand, contract = block.expand.weight.double(), block.contract.weight.double()
         scale = block.layer_scale.double()
-        self.expand = expand.to(dtype)
-        self.expand_bias = (block.expand.bias.double() + expand @ lines.bias).to(dtype)
-        self.contract = (contract * scale[:, None]).to(dtype)
+        bias = block.expand.bias.double() + block.expand.weight.double() @ lines.bias
+        self.expand = block.expand.weight.to(dtype)  # the model's own where the precision is
+        self.expand_bias = bias.to(dtype)
+        self.contract = (block.contract.weight.double() * scale[:, None]).to(dtype)
         self.contract_bias = (block.contract.bias.double() * scale).to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
