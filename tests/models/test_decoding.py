@@ -204,6 +204,16 @@ def test_what_changes_a_scan_or_the_weights_is_seen_anew(encoded):
     )
 
 
+def test_moving_or_replacing_the_weights_forgets(encoded):
+    model = tiny.vlm()
+    for act in (lambda: model.to(torch.float32), lambda: model.load_state_dict(model.state_dict())):
+        model.see(tiny.scan())
+        encoded.clear()
+        act()
+        model.see(tiny.scan())
+        assert encoded == [1]
+
+
 def test_the_prefix_of_a_scan_is_read_once(model, visual, monkeypatch):
     model = copy.deepcopy(model)
     lengths = []

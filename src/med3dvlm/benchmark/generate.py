@@ -145,12 +145,8 @@ def make_questions(model: str, way: str) -> Callable[[], list[list[int]]]:
     vlm = load(model, part="language", device="cpu")
     scan, asked = make_study(0, split="test").scan(), _questions()
 
-    def forget() -> None:
-        vlm.seen.kept.clear()
-        vlm.prefixes.kept.clear()
-
     def run() -> list[list[int]]:
-        forget()
+        vlm.forget()
         with torch.inference_mode():
             if ASKED[way] is None:
                 visual = vlm.see(scan).expand(len(asked), -1, -1)
@@ -159,7 +155,7 @@ def make_questions(model: str, way: str) -> Callable[[], list[list[int]]]:
             written = []
             for text in asked:
                 if anew:
-                    forget()
+                    vlm.forget()
                 written += write(vlm, vlm.see(scan), [text], ANSWER_TOKENS)
             return written
 
@@ -172,7 +168,7 @@ def make_looks(model: str, way: str) -> Callable[[], torch.Tensor]:
 
     def run() -> torch.Tensor:
         if way == "anew":
-            vlm.seen.kept.clear()
+            vlm.forget()
         return vlm.see(scan)
 
     return run

@@ -194,6 +194,22 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     def num_visual_tokens(self) -> int:
         return int(self.projector.num_tokens)
 
+    # What was remembered is known by the weights' addresses and versions; moving or replacing the
+    # weights may bring both back with other values, so it is forgotten then.
+
+    def forget(self) -> None:
+        """Forget the scans that were seen."""
+        self.seen.kept.clear()
+        self.prefixes.kept.clear()
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        return super()._apply(fn, *args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        return super().load_state_dict(*args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
