@@ -15,14 +15,16 @@ from med3dvlm.losses import ring_siglip_loss, siglip_loss
 FORMS = {"one matrix": siglip_loss, "in blocks": ring_siglip_loss}
 
 
-def benchmark_loss(*, batch: int = 4096, dim: int = 768, runs: int = 5) -> Results:
+def benchmark_loss(
+    *, batch: int = 4096, dim: int = 768, runs: int = 5, memory: bool = True
+) -> Results:
     """Loss and gradients of `batch` pairs of `dim` features, on the CPU."""
     ceiling = Ceiling.measure()
     # three products: the logits, and what they give to the gradient of either side
     work = Work(flop=3 * 2 * batch**2 * dim, bytes=4 * 4 * batch * dim)
     forms = [Form(name, make_loss, {"name": name, "batch": batch, "dim": dim}) for name in FORMS]
     results = Results({**machine(), **ceiling.facts(), "pairs": batch, "features": dim})
-    rows = compare(forms, runs=runs, work=work, ceiling=ceiling)
+    rows = compare(forms, runs=runs, work=work, ceiling=ceiling, memory=memory)
     results.add("Sigmoid loss, forward and backward, fp32", rows, shares=False)
     return results
 
