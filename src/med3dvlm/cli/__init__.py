@@ -14,7 +14,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from med3dvlm.cli import archive, benchmark, demo, evaluate, models, phantoms, read, store, train
+from med3dvlm.cli import (
+    archive,
+    benchmark,
+    classify,
+    demo,
+    evaluate,
+    models,
+    phantoms,
+    read,
+    store,
+    train,
+)
 from med3dvlm.cli.common import fail
 
 app = typer.Typer(
@@ -49,6 +60,7 @@ def _root(
 app.command("demo")(demo.demo)
 app.command("report")(read.report)
 app.command("ask")(read.ask)
+app.command("classify")(classify.classify)
 app.add_typer(archive.index_app, name="index")
 app.command("search")(archive.search)
 app.command("prepare")(store.prepare)
