@@ -111,6 +111,7 @@ def test_search_equals_brute_force_on_every_page(tmp_path):
 
 def test_an_approximate_index_is_made_by_itself_and_finds_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("med3dvlm.search.lance.EXACT_BELOW", 2000)
+    monkeypatch.setattr("med3dvlm.search.lance.PARTITION", 100)
     entries = random_entries(3000)
     index = filled(tmp_path / "i", entries)
     assert index.info()["search"].startswith("approximate")

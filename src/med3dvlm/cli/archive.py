@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import webbrowser
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +14,7 @@ from med3dvlm.cli import common
 from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption
 
 if TYPE_CHECKING:
-    from med3dvlm.search import BuildResult, How
+    from med3dvlm.search import BuildResult, Hit, How
 
 index_app = typer.Typer(no_args_is_help=True, help="Embed an archive of scans for search.")
 
@@ -249,6 +252,34 @@ def rebuild(
         raise typer.Exit(1)
 
 
+@index_app.command("map")
+def map_of(
+    index: IndexArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
+    colour: Annotated[
+        str | None, typer.Option(help="The column it opens with; others can be chosen there.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=10, help="Of more studies, so many are drawn at random.")
+    ] = 20_000,
+    seed: common.SeedOption = 0,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Draw the studies of an index so that those that are alike lie together (UMAP).
+
+    Example: `med3dvlm index map scans.index -o map.html --colour modality`
+    """
+    from med3dvlm.search import SearchIndex
+    from med3dvlm.search.map import write_map
+
+    opened = SearchIndex.open(index)
+    with common.errors.status("projecting"):
+        shown = write_map(opened, output, colour=colour, limit=limit, seed=seed)
+    typer.echo(f"{output}: {shown} of {len(opened)} studies")
+    if open_it:
+        _open(output)
+
+
 def search(
     index: IndexArgument,
     text: Annotated[str | None, typer.Argument(help="What to look for, in quotes.")] = None,
@@ -259,6 +290,11 @@ def search(
     plain: Annotated[
         bool, typer.Option("--plain", help="Compare embeddings only; words deny nothing.")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of the hits: middle slices and reports.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the same as a page.")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open that page in the browser.")] = False,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -280,6 +316,7 @@ def search(
     vector = None if read is None else dual.embed_scans(read)[0]
     hits = opened.search(text, vector=vector, top=top, page=page, where=where or (), plain=plain)
     understood = None if text is None or plain else _understood(text)
+    _show(hits, [*filter(None, (text, scan)), *(where or ())], dual, picture, html, open_it)
     if as_json:
         common.print_json(
             {
@@ -301,6 +338,38 @@ def search(
     if not hits:
         _note("no study fits.")
     common.print_notice(dual)
+
+
+def _show(
+    hits: list[Hit],
+    query: list[str],
+    dual: Any,
+    picture: Path | None,
+    page: Path | None,
+    open_it: bool,
+) -> None:
+    if open_it and page is None:
+        handle, name = tempfile.mkstemp(prefix="med3dvlm-", suffix=".html")
+        os.close(handle)
+        page = Path(name)
+    if picture is None and page is None:
+        return
+    from med3dvlm.search.sheet import draw_sheet, write_page
+
+    facts = common.provenance(dual)
+    made = f"Model {facts['model']}, weights {facts['weights']}, preparation {facts['preparation']}"
+    footer = f"{made}. {common.notice(dual)}"
+    for path, draw in ((picture, draw_sheet), (page, write_page)):
+        if path is not None:
+            draw(hits, path, title=" · ".join(query), footer=footer)
+            _note(f"written: {path}")
+    if open_it and page is not None:
+        _open(page)
+
+
+def _open(page: Path) -> None:
+    if not webbrowser.open(page.absolute().as_uri()):
+        _note(f"no browser could be started: open {page} yourself.")
 
 
 def _understood(text: str) -> dict[str, Any]:

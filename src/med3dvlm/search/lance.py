@@ -34,8 +34,9 @@ HEAD = "index.json"
 META = "meta_"
 MAX_COLUMNS = 500
 LOOKUP_FROM = 5_000  # studies; below, a scan of the paths is as quick
-EXACT_BELOW = 100_000  # studies; above, the nearest are searched for approximately (decision 10)
-PROBES, REFINE = 40, 4
+EXACT_BELOW = 50_000  # studies; above, the nearest are searched for approximately (decision 10)
+PARTITION = 1000  # studies in each part of the approximate index
+PROBES, REFINE = 50, 2  # parts that are searched, and how many times the hits are compared exactly
 OLD = timedelta(hours=1)  # how long a reader may go on with a version that was replaced
 BLOCK = 1000
 
@@ -191,7 +192,7 @@ class LanceTable:
         yield from _salvage(table, 0, table.count_rows(), damage)
 
     def tend(self) -> None:
-        from lancedb.index import FTS, BTree, IvfHnswSq, LabelList
+        from lancedb.index import FTS, BTree, IvfSq, LabelList
 
         table = self.fresh
         rows = table.count_rows()
@@ -201,9 +202,10 @@ class LanceTable:
             wanted |= {name: BTree() for name in table.schema.names if name.startswith(META)}
         if rows >= EXACT_BELOW:
             with_report = rows - table.count_rows("report_vector IS NULL")
-            wanted["vector"] = IvfHnswSq(distance_type="dot")
+            wanted["vector"] = IvfSq(distance_type="dot", num_partitions=rows // PARTITION)
             if with_report >= EXACT_BELOW:
-                wanted["report_vector"] = IvfHnswSq(distance_type="dot")
+                parts = with_report // PARTITION
+                wanted["report_vector"] = IvfSq(distance_type="dot", num_partitions=parts)
         for column, config in wanted.items():
             if not _index_on(table, column):
                 table.create_index(column, config=config)
@@ -244,25 +246,34 @@ def _schema(dim: int) -> pa.Schema:
 
 
 def _arrow(entries: Sequence[Entry], schema: pa.Schema) -> pa.Table:
-    rows = []
-    for entry in entries:
-        study = entry.study
-        rows.append(
-            {
-                "path": study.path,
-                "id": study.id,
-                "sha256": study.sha256,
-                "report": study.report,
-                "metadata": to_json(study.metadata),
-                "asserted": entry.asserted,
-                "findings": list(entry.findings),
-                "check": entry.check(),
-                "vector": entry.vector,
-                "report_vector": entry.report_vector,
-                **{_column_of(key): as_text(value) for key, value in study.metadata.items()},
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=schema)
+    studies = [entry.study for entry in entries]
+    columns: dict[str, Any] = {
+        "path": [study.path for study in studies],
+        "id": [study.id for study in studies],
+        "sha256": [study.sha256 for study in studies],
+        "report": [study.report for study in studies],
+        "metadata": [to_json(study.metadata) for study in studies],
+        "asserted": [entry.asserted for entry in entries],
+        "findings": [list(entry.findings) for entry in entries],
+        "check": [entry.check() for entry in entries],
+        "vector": _vectors([entry.vector for entry in entries], schema),
+        "report_vector": _vectors([entry.report_vector for entry in entries], schema),
+    }
+    for name in schema.names:
+        if name.startswith(META):
+            key = _key_of(name)
+            there = (study.metadata.get(key) for study in studies)
+            columns[name] = [None if value is None else as_text(value) for value in there]
+    arrays = [pa.array(columns[f.name], f.type) for f in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _vectors(rows: Sequence[np.ndarray | None], schema: pa.Schema) -> pa.Array:
+    kind = schema.field("vector").type
+    nothing = np.zeros(kind.list_size, np.float32)
+    values = np.concatenate([nothing if row is None else row for row in rows], dtype=np.float32)
+    missing = pa.array([row is None for row in rows])
+    return pa.FixedSizeListArray.from_arrays(pa.array(values), type=kind, mask=missing)
 
 
 def _study(row: dict[str, Any]) -> Study:
