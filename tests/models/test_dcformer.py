@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from med3dvlm.models import DCFormer, DCFormerConfig, ViT3D, ViT3DConfig
-from med3dvlm.models.dcformer import VARIANTS, DecomposedConv3d
+from med3dvlm.models.dcformer import VARIANTS, DecomposedConv3d, PatchConv3d, convolve_as_matrix
 
 # Parameters as counted in the published implementation.
 PARAMETERS = {
@@ -44,13 +44,14 @@ def test_streams_have_the_sizes_the_config_says():
     assert (low.shape[2], high.shape[2]) == model.config.stream_channels
 
 
-@pytest.mark.parametrize("pooling", ["mean", "multiscale"])
+@pytest.mark.parametrize("pooling", ["mean", "multiscale", "streams"])
 def test_pooled_state_has_the_width_the_config_says(pooling):
     model = tiny(pooling=pooling)
     streams = model(torch.rand(2, 1, 32, 64, 64))
     pooled = model.pool(streams)
     assert pooled.shape == (2, model.config.hidden_size)
-    assert torch.equal(pooled[:, :256], streams[-1].mean(dim=1))
+    mean = pooled[:, 256:512] if pooling == "streams" else pooled[:, :256]
+    assert torch.equal(mean, streams[-1].mean(dim=1))
     if pooling == "multiscale":
         assert torch.equal(pooled[:, 256:320], streams[2].amax(dim=1))
 
@@ -58,7 +59,7 @@ def test_pooled_state_has_the_width_the_config_says(pooling):
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.tuples(*[st.integers(17, 70)] * 3))
 def test_any_volume_size_works_and_the_config_knows_its_tokens(size):
-    model = tiny()
+    model = tiny(stem_patches=size[0] % 2 == 0)
     low, high = model.streams(model(torch.rand(1, 1, *size)))
     config = DCFormerConfig(variant="nano", volume_size=size)
     assert (low.shape[1], high.shape[1]) == config.stream_tokens
@@ -75,6 +76,7 @@ def read_by_stem(model: DCFormer) -> float:
 def test_the_published_stem_skips_voxels_and_the_antialiased_one_reads_all():
     assert read_by_stem(tiny(stem_activation="none")) == pytest.approx(0.156, abs=0.01)
     assert read_by_stem(tiny(stem_antialias=True)) == 1.0
+    assert read_by_stem(tiny(stem_patches=True)) == 1.0
 
 
 def test_the_published_stem_is_affine_and_the_own_one_is_not():
@@ -83,6 +85,44 @@ def test_the_published_stem_is_affine_and_the_own_one_is_not():
         stem = tiny(stem_activation=activation).stem
         middle = stem((a + b) / 2)
         assert torch.allclose(middle, (stem(a) + stem(b)) / 2, atol=1e-5) is affine
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    size=st.tuples(*[st.integers(1, 15)] * 3),
+    batch=st.integers(1, 3),
+    kernel_size=st.sampled_from([1, 3, 7, 13]),
+    axis=st.integers(0, 2),
+)
+def test_a_depthwise_convolution_is_a_product_with_a_matrix(size, batch, kernel_size, axis):
+    along = [kernel_size if k == axis else 1 for k in range(3)]
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(
+        4, 4, along, padding=[k // 2 for k in along], groups=4, dtype=torch.float64
+    )
+    x = torch.randn(batch, 4, *size, dtype=torch.float64, requires_grad=True)
+    found = convolve_as_matrix(x, conv.weight, conv.bias, axis=axis)
+    expected = conv(x)
+    assert torch.allclose(found, expected, atol=1e-12)
+    inputs = [x, conv.weight, conv.bias]
+    weight = torch.randn_like(expected)
+    for one, other in zip(
+        torch.autograd.grad((found * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, atol=1e-11)
+
+
+def test_patches_are_a_convolution_with_stride_and_kernel_alike():
+    torch.manual_seed(0)
+    patches = PatchConv3d(2, 5, size=4).eval()
+    x = torch.randn(3, 2, 9, 8, 6)
+    weight = patches.proj.weight.view(5, 2, 4, 4, 4)
+    padded = torch.nn.functional.pad(x, (0, 2, 0, 0, 0, 3))
+    expected = torch.nn.functional.conv3d(padded, weight, patches.proj.bias, stride=4)
+    with torch.inference_mode():
+        assert torch.allclose(patches(x) * (1 + 1e-5) ** 0.5, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel_size", [13, 9, 3])
@@ -165,6 +205,8 @@ def test_unknown_settings_are_refused():
         DCFormerConfig(variant="huge")
     with pytest.raises(ValueError, match="stem_activation"):
         DCFormerConfig(stem_activation="relu")
+    with pytest.raises(ValueError, match="exclude each other"):
+        DCFormerConfig(stem_antialias=True, stem_patches=True)
     with pytest.raises(ValueError, match="pooling 'sum'"):
         DCFormerConfig(pooling="sum")
     with pytest.raises(ValueError, match="does not divide"):

@@ -55,7 +55,7 @@ def test_choices_are_scored_by_their_likelihood(model):
     prompt = model.processor.closed_question("Which side is the effusion on?", choices)
     by_hand = []
     for text in model.processor.lettered(choices):
-        batch = model.processor.training_batch([prompt], [text])
+        batch = model.processor.training_batch([[(prompt, text)]])
         with torch.inference_mode():
             loss = model(
                 input_ids=batch["input_ids"], visual_tokens=visual, labels=batch["labels"]
@@ -95,7 +95,7 @@ def test_own_layout_loses_no_token_and_the_published_one_loses_the_first(model):
 
 
 def test_labels_count_the_answer_and_its_end_only(model):
-    batch = model.processor.training_batch(["Which side?", "Side?"], ["left", "right both"])
+    batch = model.processor.training_batch([[("Which side?", "left")], [("Side?", "right both")]])
     tokenizer = model.processor.tokenizer
     for row, answer in zip(batch["labels"], ["left", "right both"], strict=True):
         counted = row[row != IGNORED].tolist()
@@ -103,9 +103,31 @@ def test_labels_count_the_answer_and_its_end_only(model):
         assert tokenizer.decode(counted[:-1]).strip() == answer
 
 
+def test_turns_about_one_scan_are_read_as_if_each_were_alone(model):
+    turns = [("Which side?", "left"), ("Side?", "right both"), ("Which side is it?", "both")]
+    visual = model.see([tiny.scan(0), tiny.scan(1)])
+    together = model.processor.training_batch([turns, turns[1:]])
+    with torch.no_grad():
+        inputs = {k: v for k, v in together.items() if k not in ("turns", "labels")}
+        logits = model(**inputs, visual_tokens=visual).logits
+        for row, first in ((0, 0), (1, 1)):
+            shared = int((together["turns"][row] == 0).sum())
+            for number, turn in enumerate(turns[first:], start=1):
+                alone = model.processor.training_batch([[turn]])
+                expected = model(
+                    input_ids=alone["input_ids"], visual_tokens=visual[row : row + 1]
+                ).logits[0, shared:]
+                mine = together["turns"][row] == number
+                assert torch.allclose(logits[row, mine], expected, atol=1e-5)
+                tokens = together["input_ids"][row, mine]
+                assert torch.equal(tokens, alone["input_ids"][0, shared:])
+                labels = alone["labels"][0, shared:]
+                assert torch.equal(together["labels"][row, mine], labels)
+
+
 def test_gradients_reach_every_part_that_learns(model):
     model = tiny.vlm().train()
-    batch = model.processor.training_batch(["Which side?", "Where?"], ["left", "right"])
+    batch = model.processor.training_batch([[("Which side?", "left")], [("Where?", "right")]])
     volumes = torch.rand(2, 1, *tiny.SIZE)
     model(**batch, volumes=volumes).loss.backward()
     for name in ("vision_encoder", "projector", "language_model"):
@@ -158,14 +180,16 @@ def test_lora_trains_adapters_only(model):
     adapted = get_peft_model(
         tiny.vlm(), LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
     )
-    batch = model.processor.training_batch(["Which side?", "Where?"], ["left", "right"])
+    batch = model.processor.training_batch([[("Which side?", "left")], [("Where?", "right")]])
     adapted(**batch, volumes=torch.rand(2, 1, *tiny.SIZE)).loss.backward()
     learned = [n for n, p in adapted.named_parameters() if p.requires_grad]
     assert learned and all("lora" in name for name in learned)
 
 
 def test_weights_of_labels_make_answers_count_alike(model):
-    batch = model.processor.training_batch(["What?", "Where?"], ["left effusion on the left", "no"])
+    batch = model.processor.training_batch(
+        [[("What?", "left effusion on the left")], [("Where?", "no")]]
+    )
     inputs = {
         "input_ids": batch["input_ids"],
         "visual_tokens": model.see([tiny.scan(0), tiny.scan(1)]),

@@ -317,7 +317,7 @@ def test_merged_adapters_compute_what_the_adapters_computed(aligned, store, tmp_
     for name, parameter in learner.named_parameters():
         if "lora_B" in name:  # zero at first
             torch.nn.init.normal_(parameter, std=0.1)
-    batch = model.processor.training_batch(["Is it so?"], ["Yes, it is."])
+    batch = model.processor.training_batch([[("Is it so?", "Yes, it is.")]])
     visual = torch.randn(1, model.num_visual_tokens, 32)
     inputs = {"input_ids": batch["input_ids"], "visual_tokens": visual}
     learner.eval()

@@ -17,10 +17,12 @@ from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.prompts import REPORT_PROMPTS
 from med3dvlm.data.store import Store, StoreError
 from med3dvlm.models import VolumeTextDualEncoder
+from med3dvlm.models.processor import IGNORED
 from med3dvlm.scan import PRESETS, Preparation
 from med3dvlm.train import RecipeError, load_recipe, train
 from med3dvlm.train.engine import freeze_all_but
-from med3dvlm.train.language import TaskDataset
+from med3dvlm.train.language import TaskCollator, TaskDataset
+from tests.models import tiny
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 SMALL = Preparation(
@@ -156,10 +158,37 @@ def test_a_text_encoder_is_fitted_to_a_frozen_volume_encoder(tmp_path, store):
 def test_prompts_vary_only_where_the_recipe_says_so(store):
     def instructions(**options) -> set[str]:
         dataset = TaskDataset(Store(store), {"report": 1.0}, "Report.", None, **options)
-        return {dataset[number]["instruction"] for number in range(200)}
+        return {dataset[number]["turns"][0][0] for number in range(200)}
 
     assert instructions() == {"Report."}
     assert instructions(vary_prompts=True) == {"Report.", *REPORT_PROMPTS}
+
+
+def test_several_tasks_of_a_study_at_one_look_are_weighed_each_by_its_own_length(store):
+    tasks = {"report": 1.0, "yes_no": 1.0, "open": 1.0}
+    dataset = TaskDataset(Store(store), tasks, "Report.", None, turns=5)
+    drawn = [dataset[number] for number in range(8)]
+    assert max(len(item["turns"]) for item in drawn) > 3
+    assert all(len(set(item["turns"])) == len(item["turns"]) for item in drawn)
+    processor = tiny.vlm().processor
+    batch = TaskCollator(processor, average="answer")(drawn)
+    labels, weights = batch["labels"], batch["loss_weights"]
+    assert float(weights.sum()) == pytest.approx(sum(len(item["turns"]) for item in drawn))
+    assert bool((weights[labels == IGNORED] == 0).all())
+    one = TaskCollator(processor, average="root")(drawn[:1])
+    lengths = [
+        int((processor.training_batch([[turn]])["labels"] != IGNORED).sum())
+        for turn in drawn[0]["turns"]
+    ]
+    assert float(one["loss_weights"].sum()) == pytest.approx(sum(n**0.5 for n in lengths))
+
+
+def test_volumes_kept_in_memory_train_the_same_model(tmp_path, store):
+    path = recipe(tmp_path, store)
+    first = weights(train(load_recipe(path)))
+    kept = ["data.in_memory=true", f"output={tmp_path / 'kept'}"]
+    second = weights(train(load_recipe(path, kept)))
+    assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
 def test_lora_changes_the_language_model_through_adapters_alone(tmp_path, store):

@@ -65,6 +65,10 @@ class Mixture:
         store, place = self._at(index)
         return store.stored(place)
 
+    def keep_in_memory(self) -> None:
+        for store in self.stores:
+            store.keep_in_memory()
+
     def places(self, index: int) -> np.ndarray:
         store, place = self._at(index)
         return store.places(place)

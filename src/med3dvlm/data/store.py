@@ -117,9 +117,15 @@ class Quantisation:
     def decode(self, stored: Any) -> Any:
         """Stored values, an array or a tensor of any shape, as float32 of the same kind."""
         values = stored.astype(np.float32) if isinstance(stored, np.ndarray) else stored.float()
+        gain, low = self.affine
+        return values if (gain, low) == (1.0, 0.0) else values * gain + low
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """(gain, low): a value is gain times what is stored, and low."""
         if self.dtype == "float16":
-            return values
-        return values * ((self.high - self.low) / 255) + self.low
+            return 1.0, 0.0
+        return (self.high - self.low) / 255, self.low
 
 
 def create_volumes(
@@ -184,13 +190,14 @@ class Store:
             self.table = self._without(skip)
         self.ids: list[str] = self.table["id"].to_pylist()
         self.rows = self.table["row"].to_numpy()
+        self.kept: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getstate__(self) -> dict[str, Any]:
         """Workers open the array themselves."""
-        return {k: v for k, v in self.__dict__.items() if k != "volumes"}
+        return {k: v for k, v in self.__dict__.items() if k != "volumes"} | {"kept": None}
 
     @cached_property
     def volumes(self) -> zarr.Array:
@@ -203,6 +210,8 @@ class Store:
         Raises:
             StoreError: if the volume cannot be read, naming the study.
         """
+        if self.kept is not None:
+            return self.kept[(index, *part)]
         try:
             return np.asarray(self.volumes[(int(self.rows[index]), *part)])
         except Exception as error:  # a damaged shard fails in the codec, the index, the disk
@@ -210,6 +219,13 @@ class Store:
                 f"{self.location}: the volume of study {self.ids[index]} cannot be read "
                 f"({error}); prepare or copy the store again, or skip that study."
             ) from error
+
+    def keep_in_memory(self) -> None:
+        """Read every volume now; `stored` then gives parts of one array, not to be changed."""
+        kept = np.empty((len(self), *self.preparation.size), self.info["dtype"])
+        for index in range(len(self)):
+            kept[index] = self.stored(index)
+        self.kept = kept
 
     def volume(self, index: int, part: tuple[slice, ...] = ()) -> np.ndarray:
         """As `stored`, but the prepared values, float32."""

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 # Blocks and channels of stages 0-4; the stem is the one "block" of stage 0.
@@ -25,8 +26,9 @@ VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "large": ((1, 2, 6, 12, 2), (64, 256, 512, 1024, 2048)),
 }
 STEM_ACTIVATIONS = ("gelu", "none")
-POOLINGS = ("mean", "multiscale")
+POOLINGS = ("mean", "multiscale", "streams")
 AXES = ("depth", "height", "width")
+LONGEST_BAND = 64  # voxels along an axis up to which a depthwise kernel is applied as a matrix
 
 
 class DCFormerConfig(PretrainedConfig):
@@ -38,14 +40,19 @@ class DCFormerConfig(PretrainedConfig):
         channels: width of stages 0-4.
         kernel_sizes: kernel of the depthwise decomposed convolutions in stages 1-4, voxels.
         stem_kernel_size, stem_stride: the first layer of the stem.
+        stem_layers: convolutions of the stem, the strided one among them; the paper has four.
         stem_activation: "gelu" as the paper means it, or "none" as in the published weights,
             whose stem is linear.
         stem_antialias: let the first layer of the stem average over what it strides across.
             Without it the stem reads only 15.6% of the voxels, so small lesions can fall
             between its samples. Never with published weights.
+        stem_patches: let the first layer of the stem be one convolution over whole patches of
+            stem_stride³ voxels in place of the decomposed one, whose averages wash out what is
+            smaller than a patch (docs/decisions/0010). Never with published weights.
         pooling: what stands for the whole volume. "mean" is the paper's: the mean over the stage-4
             tokens. "multiscale" puts the maxima over the tokens of stages 2, 3 and 4 beside it, so
-            that a small lesion is not averaged away.
+            that a small lesion is not averaged away; "streams" takes means and maxima of stages 3
+            and 4, the streams that a language model reads, so that what it is to know is in them.
         volume_size: (D, H, W) the model was made for; the encoder itself takes any size.
     """
 
@@ -60,8 +67,10 @@ class DCFormerConfig(PretrainedConfig):
         kernel_sizes: tuple[int, ...] | list[int] = (13, 11, 9, 7),
         stem_kernel_size: int = 7,
         stem_stride: int = 4,
+        stem_layers: int = 4,
         stem_activation: str = "gelu",
         stem_antialias: bool = False,
+        stem_patches: bool = False,
         pooling: str = "mean",
         layer_scale_init: float = 1e-6,
         initializer_range: float = 0.02,
@@ -78,8 +87,10 @@ class DCFormerConfig(PretrainedConfig):
                 f"stem_activation {stem_activation!r} is unknown: use 'gelu' or, for published "
                 "weights, 'none'."
             )
+        if stem_antialias and stem_patches:
+            raise ValueError("stem_antialias and stem_patches exclude each other: choose one.")
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling {pooling!r} is unknown: use {' or '.join(POOLINGS)}.")
+            raise ValueError(f"pooling {pooling!r} is unknown: use one of {', '.join(POOLINGS)}.")
         self.variant = variant
         self.depths = list(depths or VARIANTS[variant][0])
         self.channels = list(channels or VARIANTS[variant][1])
@@ -87,8 +98,10 @@ class DCFormerConfig(PretrainedConfig):
         self.kernel_sizes = list(kernel_sizes)
         self.stem_kernel_size = stem_kernel_size
         self.stem_stride = stem_stride
+        self.stem_layers = stem_layers
         self.stem_activation = stem_activation
         self.stem_antialias = stem_antialias
+        self.stem_patches = stem_patches
         self.pooling = pooling
         self.layer_scale_init = layer_scale_init
         self.initializer_range = initializer_range
@@ -100,6 +113,8 @@ class DCFormerConfig(PretrainedConfig):
         """Width of the pooled state."""
         if self.pooling == "mean":
             return self.channels[-1]
+        if self.pooling == "streams":
+            return 2 * sum(self.channels[3:])
         return self.channels[-1] + sum(self.channels[2:])
 
     @property
@@ -159,16 +174,49 @@ class DecomposedConv3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (
-            self.norm_depth(self.along_depth(self._smooth(x, 0)))
-            + self.norm_height(self.along_height(self._smooth(x, 1)))
-            + self.norm_width(self.along_width(self._smooth(x, 2)))
+            self.norm_depth(self._along(x, 0))
+            + self.norm_height(self._along(x, 1))
+            + self.norm_width(self._along(x, 2))
         )
+
+    def _along(self, x: Tensor, axis: int) -> Tensor:
+        conv = getattr(self, f"along_{AXES[axis]}")
+        depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
+        if depthwise and self.stride == 1 and x.shape[2 + axis] <= LONGEST_BAND:
+            return convolve_as_matrix(x, conv.weight, conv.bias, axis=axis)
+        return conv(self._smooth(x, axis))
 
     def _smooth(self, x: Tensor, axis: int) -> Tensor:
         if not self.antialias:
             return x
         window = _along(axis, 1, other=self.stride)
-        return nn.functional.avg_pool3d(x, window, ceil_mode=True, count_include_pad=False)
+        return F.avg_pool3d(x, window, ceil_mode=True, count_include_pad=False)
+
+
+def convolve_as_matrix(x: Tensor, weight: Tensor, bias: Tensor, *, axis: int) -> Tensor:
+    """A depthwise 1-D convolution along one of D, H, W, as a matrix product.
+
+    Along an axis of n voxels it is, for each channel, an n×n matrix with the kernel on its
+    diagonals. That is n/k times the arithmetic, but at the speed of matrix products: on a CPU the
+    forward and backward pass together take a fifth to a tenth of the time of `conv3d`, and their
+    gradients are right in every memory layout (docs/performance.md).
+
+    Args:
+        x: (B, C, D, H, W).
+        weight: (C, 1, k, 1, 1), or with the k on another axis; k odd, padding k//2.
+        bias: (C,).
+    """
+    n, kernel = x.shape[2 + axis], weight.flatten(1)
+    place = torch.arange(n, device=x.device)
+    # entry (i, j) is the weight that voxel j has for voxel i; those outside the kernel are 0
+    band = F.pad(kernel, (n, n))[:, place - place[:, None] + kernel.shape[1] // 2 + n]  # (C, n, n)
+    if axis == 0:
+        y = band @ x.flatten(3)
+    elif axis == 1:
+        y = band.unsqueeze(1) @ x
+    else:
+        y = x.flatten(2, 3) @ band.transpose(1, 2)
+    return y.view(x.shape) + bias.to(y.dtype).view(-1, 1, 1, 1)
 
 
 def _along(axis: int, value: int, *, other: int) -> tuple[int, int, int]:
@@ -177,20 +225,45 @@ def _along(axis: int, value: int, *, other: int) -> tuple[int, int, int]:
     return triple[0], triple[1], triple[2]
 
 
+class PatchConv3d(nn.Module):
+    """Each patch of size³ voxels to its channels, then a batch norm; what is cut off is zeros.
+
+    (B, C_in, D, H, W) -> (B, C_out, ⌈D/size⌉, ⌈H/size⌉, ⌈W/size⌉).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, size: int):
+        super().__init__()
+        self.size = size
+        self.proj = nn.Linear(in_channels * size**3, out_channels)
+        self.norm = nn.BatchNorm3d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.size
+        x = F.pad(x, [n for size in reversed(x.shape[2:]) for n in (0, -size % s)])
+        patches = x.unfold(2, s, s).unfold(3, s, s).unfold(4, s, s)  # (B, C, D', H', W', s, s, s)
+        y = self.proj(patches.movedim(1, 4).flatten(4))  # as one product: conv3d is slow at this
+        return self.norm(y.movedim(-1, 1).contiguous())
+
+
 class Stem(nn.Module):
-    """Stage 0: a strided decomposed convolution, then three more; the grid shrinks by 4."""
+    """Stage 0: a strided convolution, then decomposed ones, three; the grid shrinks by 4."""
 
     def __init__(self, config: DCFormerConfig):
         super().__init__()
         width = config.channels[0]
-        first = DecomposedConv3d(
-            config.in_channels,
-            width,
-            kernel_size=config.stem_kernel_size,
-            stride=config.stem_stride,
-            antialias=config.stem_antialias,
-        )
-        rest = [DecomposedConv3d(width, width, kernel_size=3) for _ in range(3)]
+        if config.stem_patches:
+            first = PatchConv3d(config.in_channels, width, size=config.stem_stride)
+        else:
+            first = DecomposedConv3d(
+                config.in_channels,
+                width,
+                kernel_size=config.stem_kernel_size,
+                stride=config.stem_stride,
+                antialias=config.stem_antialias,
+            )
+        rest = [
+            DecomposedConv3d(width, width, kernel_size=3) for _ in range(config.stem_layers - 1)
+        ]
         self.layers = nn.ModuleList([first, *rest])
         self.activation = nn.GELU() if config.stem_activation == "gelu" else nn.Identity()
 
@@ -334,6 +407,9 @@ class DCFormer(PreTrainedModel):
         mean = streams[-1].mean(dim=1)
         if self.config.pooling == "mean":
             return mean
+        if self.config.pooling == "streams":
+            parts = [f(stream) for stream in streams[3:] for f in (_mean, _highest)]
+            return torch.cat(parts, dim=1)
         return torch.cat([mean, *(stream.amax(dim=1) for stream in streams[2:])], dim=1)
 
     def streams(self, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -349,6 +425,14 @@ class DCFormer(PreTrainedModel):
         from med3dvlm.models.published import encoder_from_published
 
         return encoder_from_published(state_dict, **overrides)
+
+
+def _mean(stream: Tensor) -> Tensor:
+    return stream.mean(dim=1)
+
+
+def _highest(stream: Tensor) -> Tensor:
+    return stream.amax(dim=1)
 
 
 def _tokens(x: Tensor) -> Tensor:

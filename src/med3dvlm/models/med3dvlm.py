@@ -424,7 +424,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         Args:
             visual: (1, N, width), from :meth:`see`.
         """
-        batch = self.processor.training_batch([instruction] * len(targets), targets)
+        batch = self.processor.training_batch([[(instruction, target)] for target in targets])
         batch = batch.to(self.device)
         self._check_length(batch["input_ids"].shape[1])
         logits = self(

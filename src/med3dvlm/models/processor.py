@@ -175,30 +175,54 @@ class Med3DVLMProcessor(ProcessorMixin):
             return_tensors="pt",
         )
 
-    def training_batch(self, instructions: Sequence[str], targets: Sequence[str]) -> BatchEncoding:
-        """Prompts with their answers, padded on the right; only answer and end token count.
+    def training_batch(self, turns: Sequence[Sequence[tuple[str, str]]]) -> BatchEncoding:
+        """Sequences of visual tokens and (instruction, answer) turns about them, for training.
+
+        The turns of a sequence share its visual tokens and nothing else: each sees these and
+        itself, at the positions it would have alone. So a scan is looked at once for many
+        questions, and each costs what it would alone, less its own copy of the visual tokens.
+
+        Args:
+            turns: for each sequence one turn or more.
 
         Returns:
-            input_ids, attention_mask and labels, each (n, N); -100 where nothing counts.
+            input_ids, labels (-100 where nothing counts; answers and end tokens do) and turns
+            (which turn of its sequence a token belongs to, from 1; 0 the visual tokens and what
+            stands before them; -1 padding), each (n, N), padded on the right; attention_mask,
+            (n, N), or, where a sequence has several turns, (n, 1, N, N) with position_ids (n, N).
         """
-        rows, starts = [], []
-        for instruction, target in zip(instructions, targets, strict=True):
-            start = self._needed_tokenizer()(self.prompt(instruction))["input_ids"]
-            answer = self._needed_tokenizer()(target, add_special_tokens=False)["input_ids"]
-            rows.append([*start, *answer, self._needed_tokenizer().eos_token_id])
-            starts.append(len(start))
-        length = max(map(len, rows))
+        rows = [self._training_row(pairs) for pairs in turns]
+        length = max(len(row[0]) for row in rows)
         pad = self._needed_tokenizer().pad_token_id
-        input_ids = torch.full((len(rows), length), pad if pad is not None else 0)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            attention_mask[i, : len(row)] = 1
-            labels[i, start : len(row)] = torch.tensor(row[start:])
-        return BatchEncoding(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        )
+        fills = (pad if pad is not None else 0, IGNORED, -1, 0)
+        padded = [
+            torch.tensor([row[k] + [fill] * (length - len(row[k])) for row in rows])
+            for k, fill in enumerate(fills)
+        ]
+        batch = dict(zip(("input_ids", "labels", "turns", "position_ids"), padded, strict=True))
+        if all(len(pairs) == 1 for pairs in turns):
+            del batch["position_ids"]
+            batch["attention_mask"] = (batch["turns"] >= 0).long()
+        else:
+            batch["attention_mask"] = _turns_apart(batch["turns"])
+        return BatchEncoding(batch)
+
+    def _training_row(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[int], ...]:
+        """Token ids, labels, turns and positions of one sequence."""
+        tokenizer = self._needed_tokenizer()
+        ids, labels, numbers, positions = [], [], [], []
+        for number, (instruction, answer) in enumerate(pairs, start=1):
+            prompt = tokenizer(self.prompt(instruction))["input_ids"]
+            image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+            seen = max((i + 1 for i, token in enumerate(prompt) if token == image), default=0)
+            said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            said = [*said, tokenizer.eos_token_id]
+            start = 0 if number == 1 else seen
+            ids += [*prompt[start:], *said]
+            labels += [*[IGNORED] * (len(prompt) - start), *said]
+            numbers += [0] * (seen - start) + [number] * (len(prompt) - seen + len(said))
+            positions += range(start, len(prompt) + len(said))
+        return ids, labels, numbers, positions
 
     @staticmethod
     def lettered(choices: Sequence[str]) -> list[str]:
@@ -219,3 +243,12 @@ class Med3DVLMProcessor(ProcessorMixin):
     def closed_question(cls, question: str, choices: Sequence[str]) -> str:
         """The question followed by its choices, as M3D-VQA asks it."""
         return f"{question} Choices: {' '.join(cls.lettered(choices))}"
+
+
+def _turns_apart(turns: Tensor) -> Tensor:
+    """(n, 1, N, N), what each token may attend to: itself, and before it the visual tokens and
+    its own turn."""
+    causal = torch.ones(turns.shape[1], turns.shape[1], dtype=torch.bool).tril()
+    shared = (turns == 0).unsqueeze(1)
+    own = turns.unsqueeze(1) == turns.unsqueeze(2)
+    return (causal & (shared | own)).unsqueeze(1)

@@ -297,6 +297,9 @@ def check_weights(
             )
 
 
+ALIGNMENT = 64  # bytes, of the memory that torch allocates
+
+
 def fill_model(
     cls: type[PreTrainedModel],
     config: PretrainedConfig,
@@ -308,7 +311,12 @@ def fill_model(
         check_weights(weights, cls(config), rules=rules)
     disable_progress_bar()  # the weights are in memory already; callers show their own
     floating = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
-    return cls.from_pretrained(None, config=config, state_dict=weights, dtype=floating).eval()
+    model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=floating)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # in a file they lie anywhere; a CPU's products round by where their factors start
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return model.eval()
 
 
 # --- encoder and projector alone --------------------------------------------------------------

@@ -61,11 +61,16 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     freeze_all_but(model, recipe.train)
     if recipe.quantize:
         quantize(model)
+    if recipe.data.turns > 1 and model.config.prompt_layout == "published":
+        raise RecipeError(
+            "data.turns: the prompt layout of published checkpoints takes the first token of one "
+            "question, so there can be no second; leave it at 1."
+        )
     learner = with_adapters(model, recipe) if recipe.lora else model
     studies = open_studies(recipe, model.preparation, progress=progress)
     frozen = "vision_encoder" not in recipe.train
 
-    def dataset(store: AnyStore) -> TaskDataset:
+    def dataset(store: AnyStore, turns: int = recipe.data.turns) -> TaskDataset:
         features = encode_store(model, store, progress=progress) if frozen else None
         return TaskDataset(
             store,
@@ -73,6 +78,7 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
             model.config.report_prompt,
             features,
             vary_prompts=recipe.data.vary_prompts,
+            turns=turns,
             seed=recipe.training.seed,
         )
 
@@ -83,7 +89,7 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     decode = VolumeDecoder(studies.train.quantisation)
     validation = None
     if studies.validation is not None:
-        held_out = dataset(studies.validation)
+        held_out = dataset(studies.validation, turns=1)
         by_token = TaskCollator(model.processor)
         measure = TaskMeasure(model, held_out, by_token, decode, recipe.training)
         validation = Validation(held_out, measure)
@@ -192,9 +198,12 @@ def task_examples(
 
 
 class TaskDataset(Dataset):
-    """Item `epoch · len + i`: study i's volume or streams, with one of its tasks.
+    """Item `epoch · len + i`: study i's volume or streams, with some of its tasks.
 
-    The task is drawn by the given weights; as for `PairDataset`, by the item's number alone.
+    The tasks are drawn by the given weights; as for `PairDataset`, by the item's number alone.
+
+    Args:
+        turns: how many are drawn; none twice, so a study with few of them gives fewer.
     """
 
     def __init__(
@@ -205,9 +214,11 @@ class TaskDataset(Dataset):
         features: tuple[np.ndarray, np.ndarray] | None,
         *,
         vary_prompts: bool = False,
+        turns: int = 1,
         seed: int = 0,
     ):
         self.vary_prompts = vary_prompts
+        self.turns = turns
         self.store = store
         self.tasks = tasks
         self.report_prompt = report_prompt
@@ -230,13 +241,9 @@ class TaskDataset(Dataset):
                 f"{', '.join(self.tasks)}; name it in data.skip, or add a task."
             )
         weights = np.array([self.tasks[name] for name in names])
-        task = names[random.choice(len(names), p=weights / weights.sum())]
-        instruction, answer = examples[task][random.integers(len(examples[task]))]
-        item: dict[str, Any] = {
-            "id": self.store.ids[index],
-            "instruction": instruction,
-            "answer": answer,
-        }
+        tasks = [names[k] for k in random.choice(len(names), self.turns, p=weights / weights.sum())]
+        drawn = [examples[task][random.integers(len(examples[task]))] for task in tasks]
+        item: dict[str, Any] = {"id": self.store.ids[index], "turns": list(dict.fromkeys(drawn))}
         if self.features is None:
             item["stored"] = self.store.stored(index)
         else:
@@ -258,13 +265,14 @@ class TaskCollator:
         self.power = LOSS_AVERAGES[average]
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.processor.training_batch(
-            [item["instruction"] for item in items], [item["answer"] for item in items]
-        )
-        out = dict(batch)
+        out = dict(self.processor.training_batch([item["turns"] for item in items]))
+        turns = out.pop("turns")
         if self.power:
-            counts = (out["labels"] != IGNORED).float()
-            out["loss_weights"] = counts / counts.sum(1, keepdim=True) ** self.power
+            counted = (out["labels"] != IGNORED).float()
+            counts = counted.new_zeros(len(items), int(turns.max()) + 1)
+            counts.scatter_add_(1, turns.clamp(min=0), counted)  # of each answer, its tokens
+            lengths = counts.gather(1, turns.clamp(min=0)).clamp(min=1)
+            out["loss_weights"] = counted / lengths**self.power
         if "stored" in items[0]:
             out["stored"] = torch.from_numpy(np.stack([item["stored"] for item in items]))
         else:
@@ -309,10 +317,9 @@ class TaskMeasure:
             visual = self.model.get_visual_tokens(batch["volumes"])
         else:
             visual = self.model.projector(batch["low"], batch["high"])
-        written = self.model.ask(visual, [item["instruction"] for item in items])
-        written = [written] if isinstance(written, str) else written
-        names = ("id", "instruction", "answer")
+        asked = [item["turns"][0] for item in items]
+        written = self.model.ask(visual, [instruction for instruction, _ in asked])
         return [
-            {**{name: item[name] for name in names}, "written": str(text)}
-            for item, text in zip(items, written, strict=True)
+            {"id": item["id"], "instruction": turn[0], "answer": turn[1], "written": str(text)}
+            for item, turn, text in zip(items, asked, written, strict=True)
         ]

@@ -61,8 +61,12 @@ class DataRecipe:
     seed: int = 0
     skip: list[str] = field(default_factory=list)  # ids of studies that are not to be used
     workers: int = 2
+    in_memory: bool = False  # whether volumes are read once and kept, as stored
     # How often each task is drawn in the language stages: report, caption, closed, open, yes_no.
     tasks: dict[str, float] = field(default_factory=lambda: {"report": 1.0})
+    # Language stages: how many tasks of a study are trained on at one look at it. They see its
+    # visual tokens and not each other.
+    turns: int = 1
     # Language stages: whether reports and captions are asked for in several wordings.
     vary_prompts: bool = False
     # Contrastive stage: how often the short caption stands in for the report.
@@ -231,6 +235,7 @@ def check_settings(recipe: Recipe) -> None:
         ("training.weight_decay", training.weight_decay, 0),
         ("data.validation.studies", data.validation.studies, 0),
         ("data.phantoms", data.phantoms, 0),
+        ("data.turns", data.turns, 1),
     ]
     for key, value, low in least:
         if value is not None and not low <= value < math.inf:

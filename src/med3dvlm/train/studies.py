@@ -46,6 +46,8 @@ def open_studies(
             f"{len(studies.train)} studies of split {data.split!r} to train on: lower it, or "
             "choose another data.split."
         )
+    if data.in_memory:
+        studies.train.keep_in_memory()
     return studies
 
 
