@@ -23,7 +23,7 @@ from med3dvlm.search.study import Embedder, Entry, Hit, SearchIndexError, Study
 FORMAT = 2
 DEPTH = 200  # studies that each list contributes to the order, or twice what is shown
 PRESENT, ABSENT = "There is {}.", "There is no {}."
-DENIAL = 0.5  # what turning away from a denied phrase counts, against what is wanted (decision 11)
+DENIAL = 0.5  # what turning away from a denied phrase counts, against what is wanted (decision 14)
 PROBED = 200  # studies that `verify` looks up in the approximate index
 FOUND = 0.9  # of them, at least
 

@@ -34,7 +34,7 @@ HEAD = "index.json"
 META = "meta_"
 MAX_COLUMNS = 500
 LOOKUP_FROM = 5_000  # studies; below, a scan of the paths is as quick
-EXACT_BELOW = 50_000  # studies; above, the nearest are searched for approximately (decision 10)
+EXACT_BELOW = 50_000  # studies; above, the nearest are searched for approximately (decision 13)
 PARTITION = 1000  # studies in each part of the approximate index
 PROBES, REFINE = 50, 2  # parts that are searched, and how many times the hits are compared exactly
 OLD = timedelta(hours=1)  # how long a reader may go on with a version that was replaced
