@@ -47,8 +47,8 @@ NAMES = [f"{side} {what}" for side in ("left", "right", "diffuse") for what in (
 )]  # fmt: skip
 
 
-def make(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(count, DIM) embeddings and (count, FINDINGS) bool."""
+def make(count: int, seed: int) -> np.ndarray:
+    """(count, DIM) embeddings."""
     fixed = np.random.default_rng(1234)
 
     def directions(number: int) -> np.ndarray:
@@ -63,7 +63,7 @@ def make(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     finding, patient = directions(FINDINGS), directions(PATIENT)
     spread = np.arange(1, PATIENT + 1, dtype=np.float32) ** -0.7
     random = np.random.default_rng(seed)
-    there = random.random((count, FINDINGS)) < 0.25 * np.arange(1, FINDINGS + 1) ** -0.8
+    there = findings(count, random)
     weight = there * random.uniform(0.3, 0.7, (count, FINDINGS))
     x = 0.8 * common + 0.7 * region[random.choice(REGIONS, count, p=rare_last(REGIONS))]
     x += 0.4 * protocol[random.choice(PROTOCOLS, count, p=rare_last(PROTOCOLS))]
@@ -71,11 +71,16 @@ def make(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     own = random.standard_normal((count, PATIENT), np.float32) * (spread / np.linalg.norm(spread))
     x += 0.8 * own @ patient
     x += random.standard_normal((count, DIM), np.float32) * np.float32(0.25 / DIM**0.5)
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32), there
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def findings(count: int, random: np.random.Generator) -> np.ndarray:
+    """(count, FINDINGS) bool, the first that is drawn."""
+    return random.random((count, FINDINGS)) < 0.25 * np.arange(1, FINDINGS + 1) ** -0.8
 
 
 def entries(block: int, rows: np.ndarray) -> Iterator[Entry]:
-    _, there = make(BLOCK, 100 + block)
+    there = findings(BLOCK, np.random.default_rng(100 + block))
     random = np.random.default_rng(block)
     for i, row in enumerate(rows):
         number = block * BLOCK + i
@@ -95,8 +100,8 @@ def entries(block: int, rows: np.ndarray) -> Iterator[Entry]:
 def step_data(folder: Path) -> dict[str, Any]:
     out = np.lib.format.open_memmap(folder / "vectors.npy", "w+", "float32", (COUNT, DIM))
     for block in range(COUNT // BLOCK):
-        out[block * BLOCK : (block + 1) * BLOCK] = make(BLOCK, 100 + block)[0]
-    queries = make(QUERIES, 7)[0]
+        out[block * BLOCK : (block + 1) * BLOCK] = make(BLOCK, 100 + block)
+    queries = make(QUERIES, 7)
     best = np.full((QUERIES, TOP), -1), np.full((QUERIES, TOP), -2.0, np.float32)
     for first in range(0, COUNT, 50_000):
         scores = np.hstack([best[1], queries @ out[first : first + 50_000].T])

@@ -1,7 +1,6 @@
-"""Text queries on phantoms, scored by the truth: `python benchmarks/search_queries.py STORE`.
+"""Text queries on phantoms, by the truth: `python benchmarks/search_queries.py STORE [INDEX]`.
 
-STORE is a prepared store of phantoms (see docs/search.md for how to make one). Four kinds of
-query are asked, of all findings and pairs of findings that enough studies have:
+STORE is a prepared store of phantoms; INDEX is built, or brought up to date. Four kinds of are asked, of all findings and pairs of findings that enough studies have:
 
     finding        "pleural effusion"
     without        "pleural effusion without cardiomegaly"
@@ -170,8 +169,9 @@ def main() -> int:
     store, model = Store(sys.argv[1]), load("demo", part="search")
     asked = queries(store)
     with tempfile.TemporaryDirectory() as folder:
-        build_index(store.location, model, Path(folder) / "with")
-        index = SearchIndex.open(Path(folder) / "with", model=model)
+        place = sys.argv[2] if len(sys.argv) > 2 else str(Path(folder) / "with")
+        build_index(store.location, model, place)
+        index = SearchIndex.open(place, model=model)
         numbers = {f"{store.location}#{name}": i for i, name in enumerate(store.ids)}
         bare = SearchIndex.create(Path(folder) / "without", model)
         entries = index.entries([])

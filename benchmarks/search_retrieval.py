@@ -1,4 +1,4 @@
-"""Does an index find what `evaluate retrieval` finds? `python benchmarks/search_retrieval.py STORE`.
+"""Does an index find what evaluation finds? `python benchmarks/search_retrieval.py STORE`.
 
 Both get the same studies of a prepared store and the bundled model. `evaluate retrieval` compares
 all reports with all scans; the index is asked for every report, in words (`--plain`) and fused.

@@ -2,7 +2,7 @@
 
 One process writes made-up studies (512-d), 20 a save, and tends the index every 50 saves; this one
 searches without a pause. Every study is looked for by its own embedding and by its word as soon as
-the writer says that it is saved. Printed: searches, failures, studies that were not found, latencies.
+the writer says that it is saved. Printed: searches, failures, studies not found, latencies.
 """
 
 from __future__ import annotations
