@@ -1,6 +1,7 @@
 """Text queries on phantoms, by the truth: `python benchmarks/search_queries.py STORE [INDEX]`.
 
-STORE is a prepared store of phantoms; INDEX is built, or brought up to date. Four kinds of are asked, of all findings and pairs of findings that enough studies have:
+STORE is a prepared store of phantoms; INDEX is built, or brought up to date. Four kinds of query
+are asked, of all findings and pairs of findings that enough studies have:
 
     finding        "pleural effusion"
     without        "pleural effusion without cardiomegaly"

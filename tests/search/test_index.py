@@ -279,7 +279,7 @@ def test_a_full_disk_leaves_the_old_index_whole(archive, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("med3dvlm.search.lance._arrow", full)
-        with pytest.raises(OSError):
+        with pytest.raises(SearchIndexError, match="No space left"):
             build_index(archive, Histogram(), tmp_path / "i")
     assert studies(tmp_path / "i") == before
     assert build_index(archive, Histogram(), tmp_path / "i").total == 7
@@ -322,8 +322,12 @@ def test_rebuild_moves_to_another_model_while_the_old_one_is_searched(archive, t
     assert running.search(vector=entry.vector)[0].path == entry.study.path  # until it is reloaded
     with pytest.raises(SearchIndexError, match="now of model 'other'"):
         build_index(archive, Histogram(), tmp_path / "i")
+    late = SearchIndex.open(tmp_path / "i", model=other)
     assert rebuild_index(tmp_path / "i", other).total == 5
     assert len(list((tmp_path / "i").glob("studies-*"))) == 1  # the old model is given up
+    assert late.search(vector=entry.vector)  # follows to the new table
+    with pytest.raises(SearchIndexError, match="'other'.*not by 'histogram'"):
+        running.search(vector=entry.vector)
 
 
 def test_a_rebuild_that_was_stopped_goes_on(archive, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -107,3 +110,18 @@ def test_locations_that_cannot_be_used(url):
         SearchIndex.open(f"{url}#nothing")
     with pytest.raises(SearchIndexError, match="cannot be used"):
         SearchIndex.open("postgresql://127.0.0.1:9/none?connect_timeout=2#archive")
+
+
+def test_threads_do_not_mix(url):
+    entries = random_entries(50)
+    index = filled(f"{url}#threads", entries)
+
+    def ask(entry) -> str:
+        return index.search(vector=entry.vector)[0].id
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, entries)) == [entry.study.id for entry in entries]
+    hostile = replace(entries[0], study=replace(entries[0].study, report="a\0b"))
+    with pytest.raises(SearchIndexError, match="the server says"):
+        index.put([hostile])
+    assert not index.verify()

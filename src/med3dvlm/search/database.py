@@ -19,7 +19,8 @@ Ranked = list[tuple[str, float]]  # (path, score), best first
 class Table(Protocol):
     """The studies of one generation of an index, seen by many processes at once.
 
-    What is written is there for every later search, whole or not at all. Paths are unique.
+    What is written is there for every later search, whole or not at all. Paths are unique. Any
+    method raises SearchIndexError where the database fails, and may be called by several threads.
     """
 
     def __len__(self) -> int: ...
@@ -79,7 +80,7 @@ class Table(Protocol):
         """Any study with that content."""
         ...
 
-    def select(self, where: Sequence[Condition] = ()) -> Iterator[Study]:
+    def select(self, where: Sequence[Condition] = ()) -> Sequence[Study]:
         """The studies that meet the conditions, in no order."""
         ...
 

@@ -197,6 +197,7 @@ class SearchIndex:
             raise SearchIndexError(f"top is {top}, page {page}: both begin with 1.")
         if text is None and vector is None:
             raise SearchIndexError("nothing is asked: give words, a scan or both.")
+        self._refresh()
         conditions = self.conditions(where)
         table = self._table()
         last = top * page
@@ -274,6 +275,21 @@ class SearchIndex:
         away = pairs[0::2] - pairs[1::2]  # from "there is no" to "there is"
         lengths = np.linalg.norm(away, axis=1, keepdims=True)
         return wanted - DENIAL * (away / np.maximum(lengths, 1e-6)).sum(axis=0)
+
+    def _refresh(self) -> None:
+        """Follow a rebuild by the same model; go on with the older table while it is there.
+
+        Raises:
+            SearchIndexError: if the index is of another model now, and the older table gone.
+        """
+        generations = read_head(self.place)["generations"]
+        if self.pending or self.generation["table"] in [g["table"] for g in generations]:
+            return
+        fitting = [g for g in generations if not _differing(g, self.generation)]
+        if not fitting:
+            raise SearchIndexError(_refusal(self.place, generations[0], self.generation))
+        self.generation = fitting[0]
+        self.table = self.place.open(self.generation["table"])
 
     def _table(self) -> Table:
         if self.table is None:

@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -95,6 +96,27 @@ class LancePlace:
             os.close(handle)
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _told(method: Method) -> Method:
+    """What the library raises, of many kinds, as one sentence of ours."""
+
+    @wraps(method)
+    def call(self: LanceTable, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(self, *arguments, **options)
+        except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+            if isinstance(error, SearchIndexError):
+                raise
+            raise SearchIndexError(
+                f"{self.folder}: the database fails ({_short(error)}); med3dvlm index verify says "
+                "whether it is damaged."
+            ) from error
+
+    return call  # pyright: ignore[reportReturnType]
+
+
 class LanceTable:
     """A table of studies. Every search sees what was written before it began."""
 
@@ -113,6 +135,7 @@ class LanceTable:
     def __len__(self) -> int:
         return self.fresh.count_rows()
 
+    @_told
     def count(self, where: Sequence[Condition]) -> int:
         return self.fresh.count_rows(_filter(where, ()))
 
@@ -120,6 +143,7 @@ class LanceTable:
         names = self.fresh.schema.names
         return sorted(_key_of(name) for name in names if name.startswith(META))
 
+    @_told
     def write(self, entries: Sequence[Entry], *, instead_of: Sequence[str] = ()) -> None:
         table = self.fresh
         new = {_column_of(key) for e in entries for key in e.study.metadata} - {*table.schema.names}
@@ -135,10 +159,12 @@ class LanceTable:
             change = change.when_not_matched_by_source_delete(_is_one_of("path", instead_of))
         change.execute(_arrow(entries, table.schema), on_bad_vectors="null")
 
+    @_told
     def delete(self, paths: Sequence[str]) -> None:
         for some in _blocks(list(paths)):
             self.fresh.delete(_is_one_of("path", some))
 
+    @_told
     def nearest(
         self,
         query: np.ndarray,
@@ -155,6 +181,7 @@ class LanceTable:
         # the distance is 1 - the inner product
         return _ranked(rows["path"], [1 - value for value in rows["_distance"].to_pylist()])
 
+    @_told
     def matching(
         self,
         words: str,
@@ -171,6 +198,7 @@ class LanceTable:
         rows = found.to_arrow()
         return _ranked(rows["path"], rows["_score"].to_pylist())
 
+    @_told
     def fetch(self, paths: Sequence[str]) -> dict[str, Entry]:
         found = {}
         for some in _blocks(list(paths)):
@@ -178,19 +206,21 @@ class LanceTable:
             found |= {entry.study.path: entry for entry in _entries(rows)}
         return found
 
+    @_told
     def same_content(self, sha256: str) -> Entry | None:
         rows = self.fresh.search().where(_is_one_of("sha256", [sha256])).limit(1).to_arrow()
         return next(_entries(rows), None)
 
-    def select(self, where: Sequence[Condition] = ()) -> Iterator[Study]:
+    @_told
+    def select(self, where: Sequence[Condition] = ()) -> list[Study]:
         search = _limited(self.fresh.search(), where, ())
-        for batch in search.select(list(STUDY)).to_batches(BLOCK):
-            yield from (_study(row) for row in batch.to_pylist())
+        return [_study(row) for row in search.select(list(STUDY)).to_arrow().to_pylist()]
 
     def salvage(self, damage: list[str]) -> Iterator[Entry]:
         table = self._opened()  # its own, since another search takes `fresh` to a later version
         yield from _salvage(table, 0, table.count_rows(), damage)
 
+    @_told
     def tend(self) -> None:
         from lancedb.index import FTS, BTree, IvfSq, LabelList
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,20 @@ class PostgresPlace:
     def __init__(self, location: str):
         self.url, mark, self.name = location.partition("#")
         self.location = location
+        self.threads = threading.local()
         if not mark or not NAME.fullmatch(self.name):
             raise SearchIndexError(
                 f"{location} names no index: add #name, of lower-case letters, digits and _."
             )
 
-    @cached_property
+    @property
     def connection(self) -> Any:
+        """This thread's own: transactions of several threads must not mix."""
+        if not hasattr(self.threads, "connection"):
+            self.threads.connection = self._connect()
+        return self.threads.connection
+
+    def _connect(self) -> Any:
         try:
             import psycopg
         except ImportError as error:
@@ -93,7 +100,7 @@ class PostgresPlace:
             self.connection.execute(f"CREATE INDEX ON {name} (sha256)")
             self.connection.execute(f"CREATE INDEX ON {name} USING gin (words)")
             self.connection.execute(f"CREATE INDEX ON {name} USING gin (findings)")
-        return PostgresTable(self.connection, name)
+        return PostgresTable(self, name)
 
     def open(self, table: str) -> PostgresTable:
         name = self._full(table)
@@ -102,7 +109,7 @@ class PostgresPlace:
         )
         if None in found.fetchone():
             raise SearchIndexError(f"{self.location} is damaged (its table {name} is missing).")
-        return PostgresTable(self.connection, name)
+        return PostgresTable(self, name)
 
     def drop(self, table: str) -> None:
         name = self._full(table)
@@ -124,11 +131,28 @@ class PostgresPlace:
 class PostgresTable:
     """A table of studies; every statement sees what was committed before it began."""
 
-    def __init__(self, connection: Any, name: str):
-        self.connection, self.name = connection, name
+    def __init__(self, place: PostgresPlace, name: str):
+        self.place, self.name = place, name
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """All or nothing; what the server says becomes one sentence."""
+        import psycopg
+
+        try:
+            with self.place.connection.transaction(), self.place.connection.cursor() as cursor:
+                yield cursor
+        except psycopg.Error as error:
+            reason = " ".join(str(error).split())
+            raise SearchIndexError(f"{self.place.location}: the server says: {reason}") from error
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return self.connection.execute(sql, list(values)).fetchall()
+        with self._transaction() as cursor:
+            return cursor.execute(sql, list(values)).fetchall()
+
+    def _do(self, sql: str, values: Sequence[Any] = ()) -> None:
+        with self._transaction() as cursor:
+            cursor.execute(sql, list(values))
 
     def __len__(self) -> int:
         return self._rows(f"SELECT count(*) FROM {self.name}")[0][0]
@@ -146,7 +170,7 @@ class PostgresTable:
             "path, id, sha256, report, metadata, asserted, findings, crc, vector, report_vector"
         )
         changes = ", ".join(f"{c} = excluded.{c}" for c in columns.split(", ")[1:])
-        with self.connection.transaction(), self.connection.cursor() as cursor:
+        with self._transaction() as cursor:
             cursor.executemany(
                 f"INSERT INTO {self.name}_keys VALUES (%s) ON CONFLICT DO NOTHING",
                 [[key] for key in keys],
@@ -160,7 +184,7 @@ class PostgresTable:
             )
 
     def delete(self, paths: Sequence[str]) -> None:
-        self.connection.execute(f"DELETE FROM {self.name} WHERE path = ANY(%s)", [list(paths)])
+        self._do(f"DELETE FROM {self.name} WHERE path = ANY(%s)", [list(paths)])
 
     def nearest(
         self,
@@ -174,17 +198,17 @@ class PostgresTable:
         assert column in VECTORS
         limits, values = _filter(where, without)
         given = np.asarray(query, np.float32).tolist()
-        with self.connection.transaction():
+        with self._transaction() as cursor:
             # the graph is searched on until enough of what it finds meets the conditions
-            self.connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")
-            self.connection.execute(f"SET LOCAL hnsw.ef_search = {min(max(limit, 100), 1000)}")
-            rows = self._rows(
+            cursor.execute("SET LOCAL hnsw.iterative_scan = strict_order")
+            cursor.execute(f"SET LOCAL hnsw.ef_search = {min(max(limit, 100), 1000)}")
+            cursor.execute(
                 f"SELECT path, -({column} <#> %s::real[]::vector) AS score FROM {self.name} "
                 f"WHERE {column} IS NOT NULL AND {limits} "
                 f"ORDER BY {column} <#> %s::real[]::vector LIMIT {int(limit)}",
                 [given, *values, given],
             )
-        return _ranked(rows)
+            return _ranked(cursor.fetchall())
 
     def matching(
         self,
@@ -212,25 +236,26 @@ class PostgresTable:
         rows = self._rows(f"SELECT {COLUMNS} FROM {self.name} WHERE sha256 = %s LIMIT 1", [sha256])
         return _entry(rows[0]) if rows else None
 
-    def select(self, where: Sequence[Condition] = ()) -> Iterator[Study]:
+    def select(self, where: Sequence[Condition] = ()) -> list[Study]:
         limits, values = _filter(where, ())
-        for row in self._pages("path, id, sha256, report, metadata::text", limits, values):
-            yield _study(row)
+        rows = self._rows(
+            f"SELECT path, id, sha256, report, metadata::text FROM {self.name} WHERE {limits}",
+            values,
+        )
+        return [_study(row) for row in rows]
 
     def salvage(self, damage: list[str]) -> Iterator[Entry]:
-        for row in self._pages(COLUMNS, "true", []):
+        for row in self._pages():
             entry = _entry(row)
             if entry.check() == row[7]:
                 yield entry
             else:
                 damage.append(f"{row[0]}: what is stored is not what was written")
 
-    def _pages(self, columns: str, limits: str, values: Sequence[Any]) -> Iterator[Any]:
+    def _pages(self) -> Iterator[Any]:
         last = ""
         while rows := self._rows(
-            f"SELECT {columns} FROM {self.name} WHERE path > %s AND {limits} "
-            f"ORDER BY path LIMIT {BLOCK}",
-            [last, *values],
+            f"SELECT {COLUMNS} FROM {self.name} WHERE path > %s ORDER BY path LIMIT {BLOCK}", [last]
         ):
             yield from rows
             last = rows[-1][0]
@@ -240,11 +265,11 @@ class PostgresTable:
         for column in VECTORS:
             there = self._rows(f"SELECT count({column}) FROM {self.name}")[0][0]
             if rows >= EXACT_BELOW and there >= EXACT_BELOW:
-                self.connection.execute(
+                self._do(
                     f"CREATE INDEX IF NOT EXISTS {self.name}_{column} ON {self.name} "
                     f"USING hnsw ({column} vector_ip_ops)"
                 )
-        self.connection.execute(f"ANALYZE {self.name}")
+        self._do(f"ANALYZE {self.name}")
 
     def facts(self) -> dict[str, Any]:
         graph = self._rows("SELECT to_regclass(%s)", [f"{self.name}_vector"])[0][0]
