@@ -145,12 +145,12 @@ def step_search(folder: Path) -> dict[str, Any]:
     def paths(k: int, limit: int = TOP) -> set[int]:
         return {int(path[9:]) for path, _ in table.nearest(queries[k], limit=limit)}
 
-    found = [len(paths(k) & set(nearest[k].tolist())) for k in range(0, QUERIES, 4)]
+    found = [len(paths(k) & set(nearest[k].tolist())) for k in range(0, QUERIES, 5)]
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     dates = np.arange(COUNT) % 11 >= 9  # 2024 and later
     where = index.conditions(["date>=2024-01-01"])
     filtered = []
-    for k in range(0, QUERIES, 50):
+    for k in range(0, QUERIES, 100):
         exact = np.argsort(-(vectors @ queries[k])[dates])[:TOP]
         expected = set(np.flatnonzero(dates)[exact].tolist())
         got = {int(path[9:]) for path, _ in table.nearest(queries[k], limit=TOP, where=where)}

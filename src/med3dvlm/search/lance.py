@@ -222,7 +222,7 @@ class LanceTable:
 
     @_told
     def tend(self) -> None:
-        from lancedb.index import FTS, BTree, IvfSq, LabelList
+        from lancedb.index import FTS, BTree, LabelList
 
         table = self.fresh
         rows = table.count_rows()
@@ -232,10 +232,9 @@ class LanceTable:
             wanted |= {name: BTree() for name in table.schema.names if name.startswith(META)}
         if rows >= EXACT_BELOW:
             with_report = rows - table.count_rows("report_vector IS NULL")
-            wanted["vector"] = IvfSq(distance_type="dot", num_partitions=rows // PARTITION)
+            wanted["vector"] = _approximate(rows)
             if with_report >= EXACT_BELOW:
-                parts = with_report // PARTITION
-                wanted["report_vector"] = IvfSq(distance_type="dot", num_partitions=parts)
+                wanted["report_vector"] = _approximate(with_report)
         for column, config in wanted.items():
             if not _index_on(table, column):
                 table.create_index(column, config=config)
@@ -247,6 +246,14 @@ class LanceTable:
         waiting = f", {index.num_unindexed_rows} beside it" if index else ""
         exact = "exact" if index is None else f"approximate ({index.index_type}{waiting})"
         return {"search": exact, "bytes": table.stats()["total_bytes"]}
+
+
+def _approximate(rows: int) -> Any:
+    """8-bit codes in parts of `PARTITION`; a quarter of the library's training serves as well."""
+    from lancedb.index import IvfSq
+
+    parts = rows // PARTITION
+    return IvfSq(distance_type="dot", num_partitions=parts, sample_rate=64, max_iterations=20)
 
 
 def _connect(folder: Path) -> Any:
