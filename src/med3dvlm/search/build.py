@@ -12,7 +12,7 @@ from med3dvlm.data.sources import Progress, absolute
 from med3dvlm.search.database import Place, place_of
 from med3dvlm.search.embed import ENGINES, Loaded, embed_here, embed_on_ray
 from med3dvlm.search.index import SearchIndex, made_by, make_entry, read_head
-from med3dvlm.search.items import Item, is_there, item_of, list_items
+from med3dvlm.search.items import Item, StoredItem, is_there, item_of, list_items
 from med3dvlm.search.study import Embedder, Entry, SearchIndexError, Study
 
 SAVE_EVERY = 200  # studies; a killed build goes on from the last save
@@ -101,19 +101,22 @@ def build_index(
         if absolute(source).is_relative_to(inside):
             raise SearchIndexError(f"{inside} holds the scans themselves: give the index its own.")
     items = list_items(source, allow_outside=allow_outside)
+    if items and isinstance(items[0], StoredItem):  # all are prepared alike
+        items[0].check(model.preparation)
     if place.read_head() is None:
         index = SearchIndex.create(location, model)
     else:
         index = SearchIndex.open(location, model=model)
     items = [item for item in items if not Path(item.path).is_relative_to(absolute(place.location))]
-    build = _Build(index, model, how or How())
+    named = str(absolute(source)) if local else str(source)
+    found_in = {"source": named, "allow_outside": allow_outside}
+    build = _Build(index, model, how or How(), found_in)
     build.run(items)
     if not len(index):
         path, reason = next(iter(build.result.refused), (str(source), "it holds no scan."))
         raise SearchIndexError(f"nothing could be indexed; the first of them, {path}: {reason}")
     index.tend()
-    named = str(absolute(source)) if local else str(source)
-    index.add_source({"source": named, "allow_outside": allow_outside})
+    index.add_source(found_in)
     build.result.total = len(index)
     return build.result
 
@@ -121,8 +124,14 @@ def build_index(
 class _Build:
     """The state of one build: what was done, and what waits to be saved."""
 
-    def __init__(self, index: SearchIndex, model: Embedder, how: How):
-        self.index, self.model, self.how = index, model, how
+    def __init__(
+        self,
+        index: SearchIndex,
+        model: Embedder,
+        how: How,
+        source: dict[str, Any] | None = None,
+    ):
+        self.index, self.model, self.how, self.source = index, model, how, source
         self.result = BuildResult()
         self.waiting: list[tuple[Study, Entry | Loaded]] = []
         self.moved: set[str] = set()
@@ -192,6 +201,8 @@ class _Build:
         self.index.put(entries, instead_of=self.moved)
         self.waiting, self.moved = [], set()
         self.saves += 1
+        if self.source and self.saves == 1:  # so that a build that is killed leaves it too
+            self.index.add_source(self.source)
         if self.saves % TEND_EVERY == 0:
             self.index.tend()
 

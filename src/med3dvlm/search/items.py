@@ -70,13 +70,16 @@ class StoredItem:
     def path(self) -> str:
         return f"{self.location}{IN_STORE}{self.id}"
 
+    def check(self, preparation: Preparation) -> None:
+        """Raise a ValueError that shows both, if the store is prepared otherwise."""
+        _store(self.location).check_preparation(preparation)
+
     def content(self) -> str:
         return self.sha256
 
     def volume(self, preparation: Preparation) -> tuple[np.ndarray, dict[str, Any]]:
-        store = _store(self.location)
-        store.check_preparation(preparation)
-        return store.volume(self.number)[None], {}
+        self.check(preparation)
+        return _store(self.location).volume(self.number)[None], {}
 
     def study(self, sha256: str, facts: dict[str, Any]) -> Study:
         return Study(self.id, self.path, sha256, self.report, {**facts, **self.metadata})
