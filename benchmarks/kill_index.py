@@ -1,7 +1,7 @@
 """Kill an index build at ten moments: `python benchmarks/kill_index.py STORE`.
 
-The command `index build` runs with the bundled model on a prepared store, saves every 10 studies,
-is killed (-9) when some more are saved, and is started again. After each kill the index must be
+What `index build` does runs with the bundled model on a prepared store, saves every 10 studies, is
+killed (-9) when some more are saved, and is started again. After each kill the index must be
 whole; at the end it must hold every study of the store once. Children are forked, so that they need
 not import everything again; the parent therefore never touches the database before the end.
 """
@@ -17,19 +17,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from med3dvlm import cli, load
+from med3dvlm import load
 from med3dvlm.data.store import Store
-from med3dvlm.search import SearchIndex, build
+from med3dvlm.search import How, SearchIndex, build_index
 
-KILLS = 10
+KILLS, SAVE_EVERY = 10, 10
 FORK = multiprocessing.get_context("fork")
 
 
 def build_it(store: str, folder: Path) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    build.SAVE_EVERY = build.How.save_every = 10
-    sys.argv = ["med3dvlm", "index", "build", store, "-o", str(folder)]
-    cli.main()
+    build_index(store, load("demo", part="search"), folder, how=How(save_every=SAVE_EVERY))
 
 
 def look(folder: Path, answer: multiprocessing.SimpleQueue) -> None:
@@ -47,7 +44,7 @@ def main() -> int:
     answer = FORK.SimpleQueue()
     with tempfile.TemporaryDirectory() as root:
         folder, bad = Path(root) / "index", 0
-        share = len(store) // 10 / (KILLS + 1)  # saves between two kills
+        share = len(store) / SAVE_EVERY / (KILLS + 1)  # saves between two kills
         for kill in range(KILLS):
             before = saves(folder)
             child = FORK.Process(target=build_it, args=(store.location, folder))

@@ -36,7 +36,7 @@ from med3dvlm.search.query import read_words
 from med3dvlm.search.rank import fuse
 
 TOP = 10
-PAIRS = 60
+PAIRS = 40
 
 
 @dataclass(frozen=True)
