@@ -235,10 +235,10 @@ class LanceTable:
             wanted["vector"] = _approximate(rows)
             if with_report >= EXACT_BELOW:
                 wanted["report_vector"] = _approximate(with_report)
+        table.optimize(cleanup_older_than=OLD)  # first: it moves rows, and indexes with them
         for column, config in wanted.items():
             if not _index_on(table, column):
                 table.create_index(column, config=config)
-        table.optimize(cleanup_older_than=OLD)
 
     def facts(self) -> dict[str, Any]:
         table = self.fresh
