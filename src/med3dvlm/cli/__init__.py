@@ -20,6 +20,7 @@ from med3dvlm.cli import (
     classify,
     demo,
     evaluate,
+    experiment,
     models,
     phantoms,
     read,
@@ -68,6 +69,7 @@ app.add_typer(store.data_app, name="data")
 app.command("phantoms")(phantoms.phantoms)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
+app.command("experiment")(experiment.experiment)
 app.add_typer(models.app, name="model")
 app.add_typer(benchmark.app, name="benchmark")
 
