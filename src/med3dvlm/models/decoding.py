@@ -133,7 +133,7 @@ def read_prefixes(model: Med3DVLM, visual: Tensor, prefix: Sequence[int]) -> lis
             logits_to_keep=1,
         )
         return [
-            [(layer.keys[[i]], layer.values[[i]]) for layer in cache.layers]
+            [(keys[[i]], values[[i]]) for keys, values in map(_content, cache.layers)]
             for i in range(len(places))
         ]
 
@@ -279,6 +279,11 @@ class _Text:
     log_probability: float = 0.0
 
 
+def _content(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer that has seen tokens."""
+    return layer.keys, layer.values
+
+
 @dataclass
 class _Rows:
     """Texts being written side by side.
@@ -305,8 +310,8 @@ class _Rows:
         first = int(self.allowed.any(0).int().argmax()) if rows else 0
         self.allowed = self.allowed[:, first:]
         for layer in self.cache.layers:
-            layer.keys = layer.keys[chosen, :, first:]
-            layer.values = layer.values[chosen, :, first:]
+            keys, values = _content(layer)
+            layer.keys, layer.values = keys[chosen, :, first:], values[chosen, :, first:]
 
     def join(self, other: _Rows) -> None:
         """Take in other rows; whichever has fewer columns gets empty ones in front."""
