@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption
+from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption
 
 if TYPE_CHECKING:
     from med3dvlm.search import BuildResult, Hit, How
@@ -54,6 +54,7 @@ def build(
     allow_unreadable: AllowUnreadableOption = False,
     allow_outside: AllowOutsideOption = False,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Embed every scan under a folder; what is unchanged since the last build is kept.
@@ -61,7 +62,7 @@ def build(
     Example: `med3dvlm index build scans/ -o scans.index`
     """
     _build(
-        source, output, model, batch_size, workers, engine, allow_outside, device,
+        source, output, model, batch_size, workers, engine, allow_outside, device, precision,
         allow_unreadable=allow_unreadable, as_json=as_json,
     )  # fmt: skip
 
@@ -77,6 +78,7 @@ def add(
     allow_unreadable: AllowUnreadableOption = False,
     allow_outside: AllowOutsideOption = False,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Embed more scans into an index that there is already; searches go on meanwhile.
@@ -87,7 +89,7 @@ def add(
 
     SearchIndex.open(index)  # refused before the model is loaded
     _build(
-        source, index, model, batch_size, workers, engine, allow_outside, device,
+        source, index, model, batch_size, workers, engine, allow_outside, device, precision,
         allow_unreadable=allow_unreadable, as_json=as_json,
     )  # fmt: skip
 
@@ -101,6 +103,7 @@ def _build(
     engine: str,
     allow_outside: bool,
     device: str,
+    precision: str | None,
     *,
     allow_unreadable: bool,
     as_json: bool,
@@ -109,7 +112,7 @@ def _build(
 
     with common.progress_bar("embedding") as progress:
         how = _how(batch_size, workers, engine, progress)
-        dual = common.load_dual_encoder(model, device)
+        dual = common.load_dual_encoder(model, device, precision)
         result = build_index(source, dual, location, allow_outside=allow_outside, how=how)
     _print_result(location, result, dual, as_json=as_json)
     if result.refused and not allow_unreadable:
@@ -297,6 +300,7 @@ def search(
     open_it: Annotated[bool, typer.Option("--open", help="Open that page in the browser.")] = False,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the studies of an index that fit a text, or are like a scan, or both.
@@ -311,7 +315,7 @@ def search(
 
     SearchIndex.open(index).conditions(where or ())  # refused before the model is loaded
     read = None if scan is None else common.read_with_warnings(scan)
-    dual = common.load_dual_encoder(model, device)
+    dual = common.load_dual_encoder(model, device, precision)
     opened = SearchIndex.open(index, model=dual)
     vector = None if read is None else dual.embed_scans(read)[0]
     hits = opened.search(text, vector=vector, top=top, page=page, where=where or (), plain=plain)
