@@ -59,7 +59,7 @@ def queries(store: Store) -> list[Query]:
         found.append(Query("no", f"no {spoken}", ~there))
         for phase in PHASES:
             fits = there & truth[f"phase={phase}"]
-            if fits.sum() >= TOP:
+            if fits.sum() >= TOP and sum(q.kind == "filter" for q in found) < PAIRS:
                 found.append(Query("filter", spoken, fits, (f"labels~phase={phase}",)))
     pairs = [
         Query("without", f"{a.lower()} without {b.lower()}", truth[a] & ~truth[b])

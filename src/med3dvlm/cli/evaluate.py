@@ -226,7 +226,7 @@ def zero_shot(
         run = evaluate_zero_shot(
             dual,
             cases,
-            prompts=prompts or PROMPTS[:1],
+            prompts=prompts or PROMPTS,
             calibration=None if calibration is None else Calibration.load(calibration),
             controls=controls,
             by=by,

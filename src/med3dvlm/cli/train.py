@@ -105,6 +105,12 @@ def train_calibration(
     split: Annotated[
         str, typer.Option(help="Which split; not the one evaluated on.")
     ] = "validation",
+    present: Annotated[
+        list[str] | None, typer.Option(help="Prompt for a finding that is there; repeatable.")
+    ] = None,
+    absent: Annotated[
+        list[str] | None, typer.Option(help="Prompt for one that is not; as many as --present.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     device: common.DeviceOption = "auto",
 ) -> None:
@@ -112,13 +118,18 @@ def train_calibration(
 
     Example: `med3dvlm train calibration ct.store -m runs/search -o runs/search/calibration.json`
     """
+    from med3dvlm.cli.classify import prompt_pairs
     from med3dvlm.cli.store import data_module
     from med3dvlm.evaluate.tasks import cases_of_store, fit_calibration
+    from med3dvlm.evaluate.tasks.zero_shot import PROMPTS
 
+    prompts = prompt_pairs(present, absent) or PROMPTS
     cases = cases_of_store(data_module("store").Store(store), split)
     dual = common.load_dual_encoder(model, device)
     with common.progress_bar("embedding") as progress:
-        fitted = fit_calibration(dual, cases, batch_size=batch_size, progress=progress)
+        fitted = fit_calibration(
+            dual, cases, prompts=prompts, batch_size=batch_size, progress=progress
+        )
     fitted.save(output)
     typer.echo(f"{output}: {len(fitted.findings)} findings, fitted on {len(cases)} studies")
 

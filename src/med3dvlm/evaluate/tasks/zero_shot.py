@@ -19,18 +19,14 @@ from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, be
 from med3dvlm.evaluate.zero_shot import auroc, classification_table
 from med3dvlm.models import VolumeTextDualEncoder
 
-PROMPTS = (  # the last pair is CT-CLIP's
-    ("There is {finding}.", "There is no {finding}."),
-    ("{Finding}.", "No {finding}."),
-    ("{Finding} is present.", "{Finding} is not present."),
-)
+PROMPTS = (("There is {finding}.", "There is no {finding}."),)
 
 
 def evaluate_zero_shot(
     dual: VolumeTextDualEncoder,
     cases: Cases,
     *,
-    prompts: Sequence[tuple[str, str]] = PROMPTS[:1],
+    prompts: Sequence[tuple[str, str]] = PROMPTS,
     calibration: Calibration | None = None,
     controls: int = 200,
     by: str | None = None,
