@@ -30,6 +30,7 @@ def load(
     *,
     part: str | None = None,
     device: str | torch.device = "auto",
+    precision: str | None = None,
 ) -> Med3DVLM | VolumeTextDualEncoder:
     """Load a model with its processor, ready for inference.
 
@@ -40,9 +41,11 @@ def load(
         part: "language" or "search", for a folder that holds both a language model and a dual
             encoder; the language model where not given.
         device: "auto" takes a GPU where there is one.
+        precision: "fp32" or "bf16", of the encoder's products; its weights' own where not given.
 
     Raises:
         CheckpointError: one sentence on what is missing or wrong.
+        ValueError: for another precision.
     """
     model = load_exact(name_or_folder, part=part)
     from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
@@ -53,7 +56,11 @@ def load(
             f"model {str(name_or_folder)!r} is a {type(model).__name__}; this needs a "
             f"{wanted.__name__}: give another model."
         )
-    return _place(model, device)
+    model = _place(model, device)
+    # on a GPU only where it is asked for: there it was not measured yet
+    if model.device.type == "cpu" or precision is not None:
+        model.optimize_for_inference(precision)
+    return model
 
 
 def load_exact(

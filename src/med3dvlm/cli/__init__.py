@@ -14,7 +14,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from med3dvlm.cli import archive, benchmark, demo, evaluate, models, phantoms, read, store, train
+from med3dvlm.cli import (
+    archive,
+    benchmark,
+    demo,
+    evaluate,
+    experiment,
+    models,
+    phantoms,
+    read,
+    store,
+    train,
+)
 from med3dvlm.cli.common import fail
 
 app = typer.Typer(
@@ -56,6 +67,7 @@ app.add_typer(store.data_app, name="data")
 app.command("phantoms")(phantoms.phantoms)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
+app.command("experiment")(experiment.experiment)
 app.add_typer(models.app, name="model")
 app.add_typer(benchmark.app, name="benchmark")
 

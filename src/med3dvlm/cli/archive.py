@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption
+from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption
 
 index_app = typer.Typer(no_args_is_help=True, help="Embed an archive of scans for search.")
 
@@ -28,6 +28,7 @@ def build(
         bool, typer.Option(help="Follow paths and links that lead out of the source's folder.")
     ] = False,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Embed every scan under a folder; what is unchanged since the last build is kept.
@@ -36,7 +37,7 @@ def build(
     """
     from med3dvlm.search import build_index
 
-    dual = common.load_dual_encoder(model, device)
+    dual = common.load_dual_encoder(model, device, precision)
     with common.progress_bar("embedding") as progress:
         result = build_index(
             source,
@@ -94,6 +95,7 @@ def search(
     ] = None,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the studies of an index nearest to a text or to a scan.
@@ -107,7 +109,7 @@ def search(
     from med3dvlm.search import SearchIndex
 
     read = None if scan is None else common.read_with_warnings(scan)
-    dual = common.load_dual_encoder(model, device)
+    dual = common.load_dual_encoder(model, device, precision)
     opened = SearchIndex.open(index, model=dual)
     query = dual.embed_texts(text) if read is None else dual.embed_scans(read)
     hits = opened.search(query[0], top=top, where=_conditions(where))

@@ -114,3 +114,38 @@ def merge(
             model.save_pretrained(temporary)
             model.processor.save_pretrained(temporary)
     typer.echo(f"{output}: merged")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    part: Annotated[
+        str | None, typer.Option(help="language or search, where a folder holds both.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a dual encoder, or the encoder of a language model, as ONNX graphs.
+
+    They take any number of volumes at once, and are compared with the model before the folder is
+    written.
+
+    Example: `med3dvlm model export demo --part search -o demo-onnx`
+    """
+    if format != "onnx":
+        raise typer.BadParameter(f"{format!r} is not known: use onnx.", param_hint="--format")
+    if output.exists() and not force:
+        raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
+    from med3dvlm.files import atomic_folder
+    from med3dvlm.hub import load_exact
+    from med3dvlm.models.export import export_onnx
+
+    with common.errors.status(f"exporting {model}"), atomic_folder(output) as temporary:
+        errors = export_onnx(load_exact(model, part=part).float(), temporary)
+    if as_json:
+        common.print_json({"folder": str(output), "errors": errors})
+        return
+    for name, error in errors.items():
+        typer.echo(f"{output / name}.onnx: equal to the model within {error:.1e}")

@@ -13,6 +13,7 @@ from med3dvlm.cli.common import (
     FrameOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     SeriesOption,
 )
@@ -48,6 +49,7 @@ def report(
     series: SeriesOption = None,
     frame: FrameOption = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -56,7 +58,7 @@ def report(
     Example: `med3dvlm report chest/ --picture chest.png`
     """
     read = common.read_with_warnings(scan, series=series, frame=frame)
-    vlm = common.load_language_model(model, device)
+    vlm = common.load_language_model(model, device, precision)
     options = common.generation_options(
         sample=sample, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -95,6 +97,7 @@ def ask(
     series: SeriesOption = None,
     frame: FrameOption = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,7 +110,7 @@ def ask(
     if choices is not None and len(choices) < 2:
         raise typer.BadParameter("one choice is no choice: give --choices at least twice.")
     read = common.read_with_warnings(scan, series=series, frame=frame)
-    vlm = common.load_language_model(model, device)
+    vlm = common.load_language_model(model, device, precision)
     options = common.generation_options(
         sample=sample, temperature=temperature, top_p=top_p, seed=seed
     )

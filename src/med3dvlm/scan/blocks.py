@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from isal import igzip, isal_zlib
 
 from med3dvlm.scan.scan import ScanError
 
@@ -68,7 +69,7 @@ def check_claim(
 def read_gzip(name: str, file: BinaryIO, offset: int, size: int) -> bytearray:
     """`size` bytes from `offset` of a gzip stream, which is read to its end for its checksum."""
     try:
-        with gzip.GzipFile(fileobj=file) as stream:
+        with igzip.IGzipFile(fileobj=file) as stream:
             _skip(name, stream, offset)
             block = bytearray(size)
             _fill(name, stream, block)
@@ -78,7 +79,7 @@ def read_gzip(name: str, file: BinaryIO, offset: int, size: int) -> bytearray:
                     "claims; the header is wrong or the file is a decompression bomb."
                 )
             return block
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, OSError, isal_zlib.error) as error:
         raise ScanError(
             f"{name}: the gzip stream is damaged ({error}); copy or download the file again."
         ) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from med3dvlm.data.sources import Progress
 from med3dvlm.train.recipe import Recipe, RecipeError, check_needs, load_recipe
+
+if TYPE_CHECKING:
+    from med3dvlm.train.engine import Job
 
 
 def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:
@@ -15,14 +18,30 @@ def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:
         RecipeError: for a recipe that cannot be followed.
         TrainingError: for a run that cannot go on.
     """
+    return finish(begin(recipe, progress=progress), recipe)
+
+
+def begin(recipe: Recipe, *, progress: Progress | None = None) -> Job:
+    """The model and the studies of a recipe, ready to train."""
     check_needs(recipe)
+    if recipe.stage == "contrastive":
+        from med3dvlm.train.contrastive import contrastive_job
+
+        return contrastive_job(recipe, progress=progress)
+    from med3dvlm.train.language import language_job
+
+    return language_job(recipe, progress=progress)
+
+
+def finish(job: Job, recipe: Recipe) -> Any:
+    """Train what was begun; the model is also saved in `recipe.output`."""
     if recipe.stage == "contrastive":
         from med3dvlm.train.contrastive import train_contrastive
 
-        return train_contrastive(recipe, progress=progress)
+        return train_contrastive(job, recipe)
     from med3dvlm.train.language import train_language
 
-    return train_language(recipe, progress=progress)
+    return train_language(job, recipe)
 
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "train"]
+__all__ = ["Recipe", "RecipeError", "begin", "finish", "load_recipe", "train"]

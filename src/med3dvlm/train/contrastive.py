@@ -39,9 +39,8 @@ from med3dvlm.train.tokenizer import train_tokenizer
 MAX_TEXT_TOKENS = 512
 
 
-def train_contrastive(recipe: Recipe, *, progress: Progress | None = None) -> VolumeTextDualEncoder:
-    """Follow a contrastive recipe; the model is also saved in `recipe.output`."""
-    job = contrastive_job(recipe, progress=progress)
+def train_contrastive(job: Job, recipe: Recipe) -> VolumeTextDualEncoder:
+    """Train what `contrastive_job` made; the model is also saved in `recipe.output`."""
     metrics = fit(job, recipe)
     save_result(job.model, recipe, metrics, studies=len(job.dataset))
     return job.model.eval()

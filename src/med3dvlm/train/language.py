@@ -40,9 +40,8 @@ from med3dvlm.train.recipe import (
 from med3dvlm.train.studies import AnyStore, open_studies
 
 
-def train_language(recipe: Recipe, *, progress: Progress | None = None) -> Med3DVLM:
-    """Follow an alignment or instruction recipe; the model is also saved in `recipe.output`."""
-    job = language_job(recipe, progress=progress)
+def train_language(job: Job, recipe: Recipe) -> Med3DVLM:
+    """Train what `language_job` made; the model is also saved in `recipe.output`."""
     metrics = fit(job, recipe)
     if recipe.keep_adapter:
         save_adapter(job.learner, recipe)

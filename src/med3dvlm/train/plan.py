@@ -6,6 +6,7 @@ run there stops the plan. What is generated for it lies in a temporary folder th
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import tempfile
@@ -16,9 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import STORE, Store
+from med3dvlm.train import begin
 from med3dvlm.train.engine import Job, trainable_parameters
 from med3dvlm.train.recipe import Recipe, RecipeError, check_needs
 from med3dvlm.train.studies import held_out_ids, ids, weights
@@ -90,7 +94,7 @@ def plan(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
                 f"training.batch_size is {batch}, but there are only {count} studies to train on: "
                 "lower it."
             )
-        job = _job(probe, progress)
+        job = begin(probe, progress=progress)
         return _measure(recipe, job, count)
 
 
@@ -113,16 +117,6 @@ def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
         count, folder = data.phantoms, str(scratch / "phantoms")
         few = replace(data, store=folder, phantoms=min(STUDIES, count), validation=validation)
     return count, replace(recipe, data=few, training=training)
-
-
-def _job(recipe: Recipe, progress: Progress | None) -> Job:
-    if recipe.stage == "contrastive":
-        from med3dvlm.train.contrastive import contrastive_job
-
-        return contrastive_job(recipe, progress=progress)
-    from med3dvlm.train.language import language_job
-
-    return language_job(recipe, progress=progress)
 
 
 def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
@@ -173,6 +167,38 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
         seconds=seconds,
         notes=notes,
     )
+
+
+def step_flop(job: Job, recipe: Recipe) -> int:
+    """Floating-point operations of an optimizer step: forward and backward of its batches.
+
+    Counted are matrix products and convolutions, two for a multiplication with its addition; the
+    model is left as it is.
+    """
+    learner = copy.deepcopy(job.learner).train()
+    batch = _batch(job, recipe.training.batch_size)
+    # fused attention is not counted on every device; the plain one computes the same
+    with (
+        torch.random.fork_rng(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        _forward(learner, batch, "fp32").backward()
+    return counter.get_total_flops() * recipe.training.accumulation
+
+
+def encoding_flop(job: Job) -> int:
+    """What a frozen encoder takes to see every study once; 0 where it learns."""
+    if getattr(job.dataset, "features", None) is None:
+        return 0
+    volumes = next(iter(job.dataset.store.batches(2)))
+    with (
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        job.model.eval().encode(job.model._to_device(volumes))
+    return counter.get_total_flops() * len(job.dataset) // len(volumes)
 
 
 def _batch(job: Job, size: int) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ Every figure compares two ways in the same run, so that ratios hold on a noisy m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 from statistics import median
@@ -15,9 +14,11 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from med3dvlm.benchmark.measure import machine, timed
 from med3dvlm.data.layouts import LAYOUTS, phantom_sources
 from med3dvlm.data.prepare import prepare_archive, prepare_sources
 from med3dvlm.data.store import DTYPES, Store
+from med3dvlm.evaluate.tables import Results
 from med3dvlm.scan import PRESETS, Preparation, prepare, read_scan, save_nifti
 
 VOLUMES = 8  # 128×256×256 ones that are read
@@ -27,13 +28,12 @@ READS = 500  # small studies timed at each end of the store
 SMALL = Preparation(size=(8, 16, 16), intensity="minmax", window=((0, 0), (1, 1)))
 
 
-def benchmark_store(folder: Path, *, small_studies: int = SMALL_STUDIES) -> list[dict[str, Any]]:
+def benchmark_store(folder: Path, *, small_studies: int = SMALL_STUDIES) -> Results:
     """Rows of (what, figure, against, ratio); files go under `folder`."""
-    return [
-        *_reading(folder),
-        *_preparing(folder),
-        *_random_access(folder, small_studies),
-    ]
+    rows = [*_reading(folder), *_preparing(folder), *_random_access(folder, small_studies)]
+    results = Results(machine())
+    results.add("Store", rows, shares=False)
+    return results
 
 
 def _reading(folder: Path) -> list[dict[str, Any]]:
@@ -49,9 +49,9 @@ def _reading(folder: Path) -> list[dict[str, Any]]:
         stores[dtype] = Store(folder / dtype)
     times: dict[str, list[float]] = {name: [] for name in ("nii.gz", *stores)}
     for index in range(VOLUMES):
-        times["nii.gz"].append(_seconds(lambda: np.asarray(nibabel.load(plain).dataobj)))
+        times["nii.gz"].append(timed(lambda: np.asarray(nibabel.load(plain).dataobj)))
         for dtype, store in stores.items():
-            times[dtype].append(_seconds(lambda store=store, i=index: store.stored(i)))
+            times[dtype].append(timed(lambda store=store, i=index: store.stored(i)))
     usual = median(times["nii.gz"])
     rows = []
     for dtype in stores:
@@ -101,8 +101,8 @@ def _random_access(folder: Path, count: int) -> list[dict[str, Any]]:
     tenth = count // 10
     first, last = [], []
     for index in random.integers(0, tenth, min(READS, count)).tolist():
-        first.append(_seconds(lambda i=index: store.stored(i)))
-        last.append(_seconds(lambda i=count - 1 - index: store.stored(i)))
+        first.append(timed(lambda i=index: store.stored(i)))
+        last.append(timed(lambda i=count - 1 - index: store.stored(i)))
     return [_row(f"read one of the last of {count} small studies, s", median(last), median(first))]
 
 
@@ -118,12 +118,6 @@ def _scans(folder: Path) -> Path:
         noisy = type(scan)(scan.array + noise, scan.spacing_mm, scan.affine, "CT", "HU")
         save_nifti(noisy, folder / f"{index}.nii.gz")
     return folder
-
-
-def _seconds(act: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    act()
-    return time.perf_counter() - start
 
 
 def _row(what: str, figure: float, against: float) -> dict[str, Any]:

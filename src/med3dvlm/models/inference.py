@@ -1,0 +1,354 @@
+"""DCFormer for inference: the same function, arranged for speed.
+
+What :class:`med3dvlm.models.dcformer.DCFormer` computes in evaluation mode, with
+- batch norms and layer scales folded into the weights beside them;
+- channels last throughout, so that every product is one of matrices: (tokens, C) @ (C, C');
+- the stem in slabs of planes that stay in the cache, its convolutions as products of shifted
+  views: one for each of the 3k - 2 distinct voxels of a decomposed convolution, not 3k. Only the
+  voxels that the stem reads are touched, and no layer of it exists as a whole;
+- the first two layers of a linear (published) stem merged into one;
+- depthwise convolutions as 2-D ones, which oneDNN computes ten times as fast as 3-D ones.
+
+The measurements behind each are in docs/performance.md and docs/decisions/0011-inference.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from med3dvlm.models.dcformer import (
+        Block,
+        DCFormer,
+        DecomposedConv3d,
+        PatchConv3d,
+        Stage,
+        Stem,
+    )
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+SLAB_TOKENS = 4096
+"""Tokens of the stem computed at once on a CPU: 1 MiB of 64 channels in fp32, a core's cache."""
+
+MLP_TOKENS = 4096
+"""Tokens whose hidden values, four times as wide, exist at once on a CPU."""
+
+Offset = tuple[int, int, int]
+
+
+class Inference:
+    """A DCFormer's way to compute in inference; it follows the weights when they change.
+
+    They are folded at the first use, and again whenever a parameter or a statistic was replaced
+    or changed in place since (not where `.data` was written to: torch does not count that).
+    """
+
+    def __init__(self, precision: str | None = None):
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} is unknown: use {' or '.join(PRECISIONS)}.")
+        self.precision = precision
+        self._folded: tuple[list[tuple[int, int]], InferenceEncoder] | None = None
+
+    def __call__(self, model: DCFormer, volumes: Tensor) -> list[Tensor]:
+        state = [_version(tensor) for tensor in (*model.parameters(), *model.buffers())]
+        if self._folded is None or self._folded[0] != state:
+            self._folded = state, InferenceEncoder(model, self.precision)
+        return self._folded[1](volumes)
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+class InferenceEncoder:
+    """The five token streams of a DCFormer's weights as they are now.
+
+    Args:
+        precision: "fp32" or "bf16", of the products; the weights' own where not given. Streams
+            are given in the precision of the weights.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: DCFormer, precision: str | None = None):
+        weight = next(model.parameters())
+        self.dtype = PRECISIONS[precision] if precision else weight.dtype
+        self.given = weight.dtype
+        self.stem = _Stem(model.stem, self.dtype)
+        self.stages = [_Stage(stage, self.dtype) for stage in model.stages]
+
+    def __call__(self, volumes: Tensor) -> list[Tensor]:
+        """(B, C, D, H, W) -> five of (B, N, C), as DCFormer's forward."""
+        x = self.stem(volumes)
+        streams = [x]
+        for stage in self.stages:
+            x = stage(x)
+            streams.append(x)
+        return [stream.flatten(1, 3).to(self.given) for stream in streams]
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Lines:
+    """A decomposed convolution with its batch norms folded: kernels per axis, one bias.
+
+    kernels: three of (C_out, C_in / groups, k), along depth, height and width; float64.
+    """
+
+    kernels: list[Tensor]
+    bias: Tensor
+
+    @classmethod
+    def of(cls, conv: DecomposedConv3d) -> _Lines:
+        kernels, biases = [], []
+        for axis in ("depth", "height", "width"):
+            line, (scale, shift) = (
+                getattr(conv, f"along_{axis}"),
+                _norm(getattr(conv, f"norm_{axis}")),
+            )
+            kernels.append(line.weight.double().flatten(2) * scale[:, None, None])
+            biases.append(line.bias.double() * scale + shift)
+        return cls(kernels, torch.stack(biases).sum(0))
+
+    def taps(self) -> dict[Offset, Tensor]:
+        """Offset (z, y, x) -> (C_in, C_out); the three lines share the voxel they cross in."""
+        taps: dict[Offset, Tensor] = {}
+        for axis, kernel in enumerate(self.kernels):
+            half = kernel.shape[2] // 2
+            for i in range(kernel.shape[2]):
+                offset = [0, 0, 0]
+                offset[axis] = i - half
+                key = (offset[0], offset[1], offset[2])
+                taps[key] = taps.get(key, 0) + kernel[:, :, i].T
+        return taps
+
+
+def _norm(norm: torch.nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies with and adds, in evaluation mode; float64."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+class _Layer:
+    """A layer of the stem: for each token a sum over offsets, and a bias."""
+
+    def __init__(self, taps: dict[Offset, Tensor], bias: Tensor, dtype: torch.dtype):
+        self.offsets = list(taps)
+        self.weights = [matrix.to(dtype).contiguous() for matrix in taps.values()]
+        self.joint = torch.cat(self.weights).T.contiguous()  # (C_out, offsets · C_in)
+        self.bias = bias.to(dtype)
+
+    def __call__(self, buffer: Tensor, slot: int, out: Tensor) -> None:
+        """Rows of a padded buffer (planes, H, W, C_in) from plane `slot` on -> `out` (rows, C)."""
+        _, height, width, channels = buffer.shape
+        begin = slot * height * width
+        steps = [(z * height + y) * width + x for z, y, x in self.offsets]
+        rows = buffer.view(-1, channels)
+        shifted = [rows[begin + step : begin + step + len(out)] for step in steps]
+        if out.dtype != torch.float32:  # one product: a sum in halves would round at each offset
+            out.copy_(F.linear(torch.cat(shifted, 1), self.joint, self.bias))
+            return
+        torch.addmm(self.bias, shifted[0], self.weights[0], out=out)
+        for part, weight in zip(shifted[1:], self.weights[1:], strict=True):
+            out.addmm_(part, weight)
+
+
+# --- stage 0 ----------------------------------------------------------------------------------
+
+
+class _Stem:
+    """(B, C_in, D, H, W) -> (B, D/s, H/s, W/s, C), a volume at a time.
+
+    Features are computed in slabs of planes. Each layer needs one plane more on either side than
+    it gives, so it lags one plane behind the layer before, whose last two planes are kept.
+    """
+
+    def __init__(self, stem: Stem, dtype: torch.dtype):
+        first, *rest = stem.layers
+        self.dtype = dtype
+        self.voxels = _Patches(first) if hasattr(first, "proj") else _LinesThrough(first)
+        self.gelu = isinstance(stem.activation, torch.nn.GELU)
+        self.channels = self.voxels.weight.shape[1]
+        lines = [_Lines.of(layer) for layer in rest]
+        taps = [line.taps() for line in lines]
+        self.first = self.voxels.weight.to(dtype)
+        if not self.gelu and taps and len(self.first) < self.channels:
+            # linear, and less to multiply: the second layer takes the voxels themselves
+            taps[0] = {offset: self.voxels.weight @ tap for offset, tap in taps[0].items()}
+            self.first = None
+        self.layers = [_Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines, strict=True)]
+
+    def __call__(self, volumes: Tensor) -> Tensor:
+        views = [self.voxels(volume) for volume in volumes]
+        shape = len(volumes), *views[0][0].shape[:3], self.channels
+        result = volumes.new_empty(shape, dtype=self.dtype)
+        for parts, target in zip(views, result, strict=True):
+            self._encode(parts, target)
+        return result
+
+    def _encode(self, views: list[Tensor], result: Tensor) -> None:
+        """One volume's voxels (D/s, H/s, W/s, …) -> (D/s, H/s, W/s, C) in place."""
+        depth, height, width = result.shape[:3]
+        plane, last = (height + 1) * (width + 1), len(self.layers)
+        slab = depth + last
+        if result.device.type == "cpu":
+            slab = min(slab, max(1, SLAB_TOKENS // plane))
+        # Zeros stand in column `width`, row `height` and before the first plane: what lies beyond
+        # an edge, on either side, since in memory the next row follows the column.
+        grid = (slab + 2, height + 1, width + 1)
+        kept = [result.new_zeros(*grid, len(layer.weights[0])) for layer in self.layers]
+        sums = result.new_empty(slab * plane, self.channels)
+        for start in range(0, depth + last, slab):
+            for buffer in kept:
+                buffer[0].copy_(buffer[slab])
+                buffer[1].copy_(buffer[slab + 1])
+            for level in range(last + 1):  # 0: the first layer of the stem, or its voxels
+                begin, end = max(0, start - level), max(0, min(start - level + slab, depth))
+                slot, count = begin - (start - level), max(0, end - begin)
+                if level < last:
+                    kept[level][2 + slot + count :].zero_()
+                if not count:
+                    continue
+                if level == 0:
+                    values = self._first([view[begin:end] for view in views])
+                else:  # plane `begin` lies one slot further in the buffer before
+                    rows = sums[: count * plane]
+                    self.layers[level - 1](kept[level - 1], slot + 1, rows)
+                    values = rows.view(count, height + 1, width + 1, -1)[:, :height, :width]
+                target = result[begin:end]
+                if level < last:
+                    target = kept[level][2 + slot : 2 + slot + count, :height, :width]
+                # not gelu with out=: it writes nothing where the target has gaps (torch 2.13.0)
+                target.copy_(F.gelu(values) if self.gelu else values)
+
+    def _first(self, views: list[Tensor]) -> Tensor:
+        """Voxels of some planes -> (planes, H/s, W/s, C) of the first layer, or as they are."""
+        ones = views[0].new_ones(*views[0].shape[:3], 1)
+        columns = torch.cat([*(view.flatten(3) for view in views), ones], -1).to(self.dtype)
+        return columns if self.first is None else columns @ self.first
+
+
+class _LinesThrough:
+    """Of a decomposed strided convolution: the voxels along each axis through each token.
+
+    weight: (3 C_in k + 1, C), of the voxels, line by line and channel by channel; the last row is
+    the bias, whose 1 unlike a bias proper is absent beyond the edges. float64.
+    """
+
+    def __init__(self, conv: DecomposedConv3d):
+        lines = _Lines.of(conv)
+        rows = [kernel.flatten(1).T for kernel in lines.kernels]
+        self.weight = torch.cat([*rows, lines.bias[None]])
+        self.kernel, self.stride = lines.kernels[0].shape[2], conv.stride
+        self.antialias = conv.antialias
+
+    def __call__(self, volume: Tensor) -> list[Tensor]:
+        """(C_in, D, H, W) -> three of (D/s, H/s, W/s, C_in, k)."""
+        return [self._line(volume, axis) for axis in range(3)]
+
+    def _line(self, volume: Tensor, axis: int) -> Tensor:
+        for other in range(3):
+            if other != axis:
+                volume = self._thin(volume, other + 1)
+        padding = [0] * 6
+        padding[4 - 2 * axis : 6 - 2 * axis] = [self.kernel // 2] * 2  # the last axis comes first
+        return F.pad(volume, padding).unfold(axis + 1, self.kernel, self.stride).movedim(0, 3)
+
+    def _thin(self, volume: Tensor, axis: int) -> Tensor:
+        """Every s-th voxel, or with antialiasing the mean of each s voxels (the last of fewer)."""
+        step, size = self.stride, volume.shape[axis]
+        if not self.antialias:
+            index = [slice(None)] * 4
+            index[axis] = slice(None, None, step)
+            return volume[tuple(index)]
+        missing = -size % step
+        padding = [0, 0] * (3 - axis) + [0, missing]
+        groups = F.pad(volume, padding).unflatten(axis, (-1, step)).sum(axis + 1)
+        counts = volume.new_full((groups.shape[axis],), step)
+        counts[-1] -= missing
+        return groups / counts.view(-1, *[1] * (3 - axis))
+
+
+class _Patches:
+    """Of a convolution over whole patches: their voxels. weight: (C_in size³ + 1, C), float64."""
+
+    def __init__(self, conv: PatchConv3d):
+        scale, shift = _norm(conv.norm)
+        weight = conv.proj.weight.double() * scale[:, None]
+        self.weight = torch.cat([weight.T, (conv.proj.bias.double() * scale + shift)[None]])
+        self.size = conv.size
+
+    def __call__(self, volume: Tensor) -> list[Tensor]:
+        """(C_in, D, H, W) -> one of (D/s, H/s, W/s, C_in, s, s, s)."""
+        s = self.size
+        volume = F.pad(volume, [n for size in reversed(volume.shape[1:]) for n in (0, -size % s)])
+        return [volume.unfold(1, s, s).unfold(2, s, s).unfold(3, s, s).movedim(0, 3)]
+
+
+# --- stages 1 to 4 ----------------------------------------------------------------------------
+
+
+class _Stage:
+    """(B, D, H, W, C) -> (B, D/2, H/2, W/2, C')."""
+
+    def __init__(self, stage: Stage, dtype: torch.dtype):
+        pool = stage.downsample.pool
+        self.pool = (pool.kernel_size, pool.stride, pool.padding)
+        self.proj = stage.downsample.proj.weight.flatten(1).to(dtype)
+        self.blocks = [_Block(block, dtype) for block in stage.blocks]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.proj.dtype)
+        x = F.max_pool3d(x.movedim(-1, 1), *self.pool).movedim(1, -1).contiguous()
+        x = F.linear(x, self.proj).float()  # what the blocks add to stays in fp32
+        for block in self.blocks:
+            x += block(x.to(self.proj.dtype))
+        return x
+
+
+class _Block:
+    """(B, D, H, W, C) -> the same shape, what the block adds to its input."""
+
+    def __init__(self, block: Block, dtype: torch.dtype):
+        lines = _Lines.of(block.conv)
+        depth, height, width = (kernel[:, :, :, None].to(dtype) for kernel in lines.kernels)
+        self.kernels = depth, height, width.transpose(2, 3)  # (C, 1, k, 1) or (C, 1, 1, k)
+        scale = block.layer_scale.double()
+        bias = block.expand.bias.double() + block.expand.weight.double() @ lines.bias
+        self.expand = block.expand.weight.to(dtype)  # the model's own where the precision is
+        self.expand_bias = bias.to(dtype)
+        self.contract = (block.contract.weight.double() * scale[:, None]).to(dtype)
+        self.contract_bias = (block.contract.bias.double() * scale).to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._convolve(x).view(-1, x.shape[-1])
+        rows = len(y) if x.device.type != "cpu" else MLP_TOKENS
+        for part in y.split(rows):
+            hidden = F.gelu(F.linear(part, self.expand, self.expand_bias))
+            part.copy_(F.linear(hidden, self.contract, self.contract_bias))
+        return y.view(x.shape)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Along depth on images (D, H·W), along height and width on images (H, W)."""
+        batch, depth, height, width, channels = x.shape
+        along_depth, along_height, along_width = self.kernels
+        y = _depthwise(x.view(batch, depth, height * width, channels), along_depth).view(x.shape)
+        planes = x.view(batch * depth, height, width, channels)
+        y += _depthwise(planes, along_height).view(x.shape)
+        y += _depthwise(planes, along_width).view(x.shape)
+        return y
+
+
+def _depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """(N, H, W, C) with (C, 1, kh, kw), zeros beyond the edges -> the same shape."""
+    padding = kernel.shape[2] // 2, kernel.shape[3] // 2
+    image = x.permute(0, 3, 1, 2)  # channels last in memory
+    y = F.conv2d(image, kernel, padding=padding, groups=kernel.shape[0])
+    return y.permute(0, 2, 3, 1).contiguous()
