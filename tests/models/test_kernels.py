@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 import pytest
 
-CHECKS = ("training", "evaluation", "random", "bf16", "registered", "switch")
+CHECKS = ("training", "evaluation", "random", "bf16", "registered", "inference", "switch")
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed; it exists for Linux only"
 )
@@ -55,6 +55,10 @@ def test_reads_and_writes_bf16_with_sums_in_fp32(found):
     assert found["bf16"]["output"] < 4e-3
     assert found["bf16"]["input"] < 4e-3
     assert found["bf16"]["autocast"] == "torch.bfloat16"
+
+
+def test_serves_the_encoder_arranged_for_inference(found):
+    assert found["inference"] < 1e-5
 
 
 def test_is_registered_so_that_torch_compile_can_trace_it(found):
@@ -169,10 +173,25 @@ def check_registered():
     return {f"{i} {name}": said for i, r in enumerate(results) for name, said in r.items()}
 
 
+def check_inference():
+    import torch
+
+    from med3dvlm.models.dcformer import Block
+    from med3dvlm.models.inference import _Block
+
+    block = Block(4, kernel_size=5, layer_scale_init=1.0).eval()
+    block.conv, plain = _pair(4, 5, train=False)
+    x = torch.randn(1, 4, 2, 3, 1)
+    with torch.no_grad():
+        mine = _Block(block, torch.float32)(x.movedim(1, -1).contiguous()).movedim(-1, 1)
+        block.double().conv.forward = plain.plain
+        return float((mine - (block(x.double()) - x)).abs().max())
+
+
 def check_switch():
     import torch
 
-    from med3dvlm.models.dcformer import runs_fused
+    from med3dvlm.models.fused import runs_fused
 
     return runs_fused(torch.zeros(1))
 

@@ -7,29 +7,17 @@ N tokens. Everything here keeps the axes as (B, C, D, H, W), the order of a prep
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from med3dvlm.models.fused import kernels, runs_fused
 from med3dvlm.models.inference import Inference
-
-# The fused kernels for a GPU, or None. Off with MED3DVLM_TRITON=0; Triton's interpreter runs them
-# on a CPU, for tests.
-kernels = None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if (
-    os.environ.get("MED3DVLM_TRITON") != "0"
-    and (torch.cuda.is_available() or _INTERPRETED)
-    and find_spec("triton")
-):
-    from med3dvlm.models import kernels
 
 # Blocks and channels of stages 0-4; the stem is the one "block" of stage 0.
 VARIANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -217,12 +205,6 @@ class DecomposedConv3d(nn.Module):
             return x
         window = _along(axis, 1, other=self.stride)
         return F.avg_pool3d(x, window, ceil_mode=True, count_include_pad=False)
-
-
-def runs_fused(x: Tensor) -> bool:
-    """Whether depthwise convolutions of x go through the fused kernels."""
-    short = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return kernels is not None and (x.is_cuda or _INTERPRETED) and short
 
 
 def convolve_as_matrix(x: Tensor, weight: Tensor, bias: Tensor, *, axis: int) -> Tensor:

@@ -352,9 +352,9 @@ def _corner(tile, H, W, TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr):
 def _axis(first, COUNT: tl.constexpr, PLACE: tl.constexpr):
     """first … first + COUNT − 1 along one of the four places of a block."""
     values = first + tl.arange(0, COUNT)
-    if PLACE == 0:
+    if PLACE == 0:  # Triton wants one chain of branches: it reads on after a return within one
         return values[:, None, None, None]
-    elif PLACE == 1:
+    elif PLACE == 1:  # noqa: RET505
         return values[None, :, None, None]
     elif PLACE == 2:
         return values[None, None, :, None]
