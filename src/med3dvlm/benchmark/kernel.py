@@ -37,8 +37,11 @@ def benchmark_kernel(
     The share of the ceiling is that of the measured copy bandwidth, for the passes above.
 
     Raises:
+        ValueError: the precision is unknown.
         RuntimeError: there is no CUDA GPU, or no Triton.
     """
+    if precision not in DTYPES:
+        raise ValueError(f"precision {precision!r} is unknown: use {' or '.join(DTYPES)}.")
     if not torch.cuda.is_available() or not runs_fused(torch.empty(0, device="cuda")):
         raise RuntimeError(
             "benchmark kernel needs a CUDA GPU and Triton, which comes with PyTorch's CUDA "

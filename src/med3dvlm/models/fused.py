@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +15,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 SWITCHED_OFF = os.environ.get("MED3DVLM_TRITON") == "0"
 
-kernels = None
+kernels: Any = None
+"""The module :mod:`med3dvlm.models.kernels`, or None."""
+
 if (torch.cuda.is_available() or INTERPRETED) and not SWITCHED_OFF and find_spec("triton"):
-    from med3dvlm.models import kernels
+    kernels = import_module("med3dvlm.models.kernels")
 
 
 def runs_fused(x: Tensor) -> bool:
