@@ -105,8 +105,9 @@ def _errors(conv, plain, x, *, gradients=True):
             pairs[name] = (p.grad, p_plain.grad)
     for (name, b), b_plain in zip(conv.named_buffers(), plain.buffers(), strict=True):
         pairs[name] = (b, b_plain)
+    pairs = {name: (a.detach().double(), b.detach()) for name, (a, b) in pairs.items()}
     return {
-        name: float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3))
+        name: float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
         for name, (a, b) in pairs.items()
     }
 

@@ -332,6 +332,7 @@ def _correlate(
             K=kernel,
             KP=triton.next_power_of_2(kernel),
             CONVOLUTIONS=mean is not None,
+            num_warps=8,  # with four its sums do not fit the registers
             **grid.tile,
         )
     with_g, with_z = parts.sum(0)
