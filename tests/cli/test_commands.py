@@ -63,6 +63,14 @@ def test_ask_open_and_with_choices(run, phantoms):
     assert sum(c["confidence"] for c in found["choices"]) == pytest.approx(1)
     shown = run("ask", scan, question, *options).out
     assert shown.count("%") == 4 and shown.count("→") == 1
+    both = ["Is there a pleural effusion?", question]
+    several = json.loads(run("ask", scan, *both, *options, "--json").out)
+    assert [a["question"] for a in several["answers"]] == both
+    shares = [[c["confidence"] for c in a["choices"]] for a in (several["answers"][1], found)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-3)
+    shown = run("ask", scan, *both).out
+    assert [shown.count(text) for text in both] == [1, 1] and answer.out.strip() in shown
+    assert run("ask", scan, both[0], " ").code == 2
 
 
 def test_index_and_search_by_text_and_by_scan(run, phantoms, tmp_path):
@@ -169,6 +177,9 @@ def test_every_command_has_help_with_an_example(run):
         ["index", "info"],
         ["model", "info"],
         ["model", "convert"],
+        ["model", "quantize"],
+        ["model", "export"],
+        ["benchmark", "generate"],
         ["train", "contrastive"],
         ["train", "alignment"],
         ["train", "instruction"],

@@ -245,7 +245,8 @@ def test_question_only_gives_what_was_commonest_in_training():
     control = QuestionOnly(asked(*of) for of in (*open_ones, *others))
     none = torch.zeros(1, 1)
     assert control.write(none, ["Where?", "Never seen?"]) == ["left", "right"]
-    assert control.says_yes(none, "Is it?") and control.choose(none, "Which?", ["a", "b"]) == 1
+    assert control.says_yes(none, ["Is it?"]) == [True]
+    assert control.choose(none, ["Which?"], [["a", "b"]]) == [1]
     assert control.write(none, ["Which?"], [["a", "b"]]) == ["B. b"]
     with pytest.raises(ValueError, match="--reports"):
         QuestionOnly([])

@@ -42,7 +42,7 @@ def test_one_scan_with_many_questions_is_encoded_once(model, monkeypatch):
     calls = []
     encode = Med3DVLM.encode
     monkeypatch.setattr(Med3DVLM, "encode", lambda self, v: calls.append(len(v)) or encode(self, v))
-    answers = model.ask(tiny.scan(), QUESTIONS, max_new_tokens=4)
+    answers = model.ask(tiny.scan(7), QUESTIONS, max_new_tokens=4)
     assert calls == [1] and len(answers) == 3
 
 

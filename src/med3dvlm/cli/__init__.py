@@ -17,6 +17,7 @@ import typer
 from med3dvlm.cli import (
     archive,
     benchmark,
+    classify,
     demo,
     evaluate,
     experiment,
@@ -60,6 +61,7 @@ def _root(
 app.command("demo")(demo.demo)
 app.command("report")(read.report)
 app.command("ask")(read.ask)
+app.command("classify")(classify.classify)
 app.add_typer(archive.index_app, name="index")
 app.command("search")(archive.search)
 app.command("prepare")(store.prepare)

@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+import webbrowser
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from med3dvlm.cli import common
 from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption
 
+if TYPE_CHECKING:
+    from med3dvlm.search import BuildResult, Hit, How
+
 index_app = typer.Typer(no_args_is_help=True, help="Embed an archive of scans for search.")
 
-IndexArgument = Annotated[Path, typer.Argument(help="An index folder.", metavar="INDEX")]
+CORES = os.cpu_count() or 1
+INDEX_HELP = "An index: a folder, or postgresql://user@host/database#name."
+IndexArgument = Annotated[str, typer.Argument(help=INDEX_HELP, metavar="INDEX")]
+SourceArgument = Annotated[
+    str, typer.Argument(help="A folder of scans, a CSV/JSONL manifest, or a prepared store.")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Volumes that are encoded together.")]
+WorkersOption = Annotated[
+    int, typer.Option(min=1, help="Threads that read; with --engine ray, processes.")
+]
+EngineOption = Annotated[
+    str, typer.Option(help="local, or ray: the workers of a Ray cluster on shared storage.")
+]
+AllowUnreadableOption = Annotated[
+    bool, typer.Option(help="Exit 0 although some scans could not be read.")
+]
+AllowOutsideOption = Annotated[
+    bool, typer.Option(help="Follow paths and links that lead out of the source's folder.")
+]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(help="column=value (or !=, <, <=, >, >=, ~ for contains); repeatable."),
+]
 
 
 @index_app.command("build")
 def build(
-    source: Annotated[Path, typer.Argument(help="A folder of scans, or a CSV/JSONL manifest.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The index folder to write.")],
+    source: SourceArgument,
+    output: Annotated[str, typer.Option("--output", "-o", help=INDEX_HELP, metavar="INDEX")],
     model: ModelOption = "demo",
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    allow_unreadable: Annotated[
-        bool, typer.Option(help="Exit 0 although some scans could not be read.")
-    ] = False,
-    allow_outside: Annotated[
-        bool, typer.Option(help="Follow paths and links that lead out of the source's folder.")
-    ] = False,
+    batch_size: BatchOption = 8,
+    workers: WorkersOption = CORES,
+    engine: EngineOption = "local",
+    allow_unreadable: AllowUnreadableOption = False,
+    allow_outside: AllowOutsideOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
@@ -35,38 +61,132 @@ def build(
 
     Example: `med3dvlm index build scans/ -o scans.index`
     """
+    _build(
+        source, output, model, batch_size, workers, engine, allow_outside, device, precision,
+        allow_unreadable=allow_unreadable, as_json=as_json,
+    )  # fmt: skip
+
+
+@index_app.command("add")
+def add(
+    index: IndexArgument,
+    source: SourceArgument,
+    model: ModelOption = "demo",
+    batch_size: BatchOption = 8,
+    workers: WorkersOption = CORES,
+    engine: EngineOption = "local",
+    allow_unreadable: AllowUnreadableOption = False,
+    allow_outside: AllowOutsideOption = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Embed more scans into an index that there is already; searches go on meanwhile.
+
+    Example: `med3dvlm index add scans.index today/`
+    """
+    from med3dvlm.search import SearchIndex
+
+    SearchIndex.open(index)  # refused before the model is loaded
+    _build(
+        source, index, model, batch_size, workers, engine, allow_outside, device, precision,
+        allow_unreadable=allow_unreadable, as_json=as_json,
+    )  # fmt: skip
+
+
+def _build(
+    source: str,
+    location: str,
+    model: str,
+    batch_size: int,
+    workers: int,
+    engine: str,
+    allow_outside: bool,
+    device: str,
+    precision: str | None,
+    *,
+    allow_unreadable: bool,
+    as_json: bool,
+) -> None:
     from med3dvlm.search import build_index
 
-    dual = common.load_dual_encoder(model, device, precision)
     with common.progress_bar("embedding") as progress:
-        result = build_index(
-            source,
-            dual,
-            output,
-            batch_size=batch_size,
-            allow_outside=allow_outside,
-            progress=progress,
-        )
+        how = _how(batch_size, workers, engine, progress)
+        dual = common.load_dual_encoder(model, device, precision)
+        result = build_index(source, dual, location, allow_outside=allow_outside, how=how)
+    _print_result(location, result, dual, as_json=as_json)
+    if result.refused and not allow_unreadable:
+        raise typer.Exit(1)
+
+
+def _how(batch_size: int, workers: int, engine: str, progress: Any) -> How:
+    from med3dvlm.search import How
+
+    return How(batch_size=batch_size, workers=workers, engine=engine, progress=progress)
+
+
+def _print_result(location: str, result: BuildResult, dual: Any, *, as_json: bool) -> None:
     if as_json:
         common.print_json(
             {
-                "index": str(output),
+                "index": location,
                 "studies": result.total,
                 "added": result.added,
                 "unchanged": result.unchanged,
                 "refused": [{"path": p, "reason": r} for p, r in result.refused],
+                "damage": result.damage,
                 **common.provenance(dual),
             }
         )
+        return
+    typer.echo(
+        f"{location}: {result.total} studies, {result.added} added, "
+        f"{result.unchanged} unchanged, {len(result.refused)} refused"
+    )
+    for sentence in result.damage:
+        _note(f"damage: {sentence}")
+    for path, reason in result.refused:
+        _note(f"refused {path}: {reason}")
+
+
+@index_app.command("remove")
+def remove(
+    index: IndexArgument,
+    studies: Annotated[
+        list[str] | None, typer.Argument(help="Paths or ids.", metavar="[STUDY]...")
+    ] = None,
+    where: WhereOption = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Those whose scan is not there any more.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take studies out of an index; their scans stay where they are.
+
+    Example: `med3dvlm index remove scans.index --where site=A --missing`
+    """
+    if not studies and not where and not missing:
+        raise typer.BadParameter("say which: paths or ids, --where, or --missing.")
+    from med3dvlm.search import SearchIndex, SearchIndexError
+    from med3dvlm.search.items import is_there
+
+    opened = SearchIndex.open(index)
+    found = opened.select(where or ())
+    if studies:
+        given = {*studies, *(os.path.abspath(name) for name in studies)}
+        found = [study for study in found if study.id in given or study.path in given]
+        known = {name for study in found for name in (study.id, study.path)}
+        unknown = [n for n in studies if n not in known and os.path.abspath(n) not in known]
+        if unknown:
+            raise SearchIndexError(f"{index} holds no study {unknown[0]!r}.")
+    if missing:
+        found = [study for study in found if not is_there(study.path)]
+    removed = opened.remove(study.path for study in found)
+    if as_json:
+        paths = [study.path for study in found]
+        common.print_json({"index": index, "removed": paths, "studies": len(opened)})
     else:
-        typer.echo(
-            f"{output}: {result.total} studies, {result.added} added, "
-            f"{result.unchanged} unchanged, {len(result.refused)} refused"
-        )
-        for path, reason in result.refused:
-            common.errors.print(f"refused {path}: {reason}", markup=False, highlight=False)
-    if result.refused and not allow_unreadable:
-        raise typer.Exit(1)
+        typer.echo(f"{index}: {removed} removed, {len(opened)} studies left")
 
 
 @index_app.command("info")
@@ -85,66 +205,193 @@ def info(index: IndexArgument, as_json: JsonOption = False) -> None:
             typer.echo(f"{name}: {value}")
 
 
+@index_app.command("verify")
+def verify(index: IndexArgument, as_json: JsonOption = False) -> None:
+    """Read the whole index and say what is damaged; exit status 1 if anything is.
+
+    Example: `med3dvlm index verify scans.index`
+    """
+    from med3dvlm.search import SearchIndex
+
+    opened = SearchIndex.open(index)
+    problems = opened.verify()
+    if as_json:
+        common.print_json({"index": index, "studies": len(opened), "problems": problems})
+    else:
+        for problem in problems:
+            typer.echo(problem)
+        verdict = f"{len(problems)} problems: mend it with med3dvlm index rebuild {index}"
+        typer.echo(f"{index}: {len(opened)} studies, {verdict if problems else 'whole'}")
+    if problems:
+        raise typer.Exit(1)
+
+
+@index_app.command("rebuild")
+def rebuild(
+    index: IndexArgument,
+    model: ModelOption = "demo",
+    batch_size: BatchOption = 8,
+    workers: WorkersOption = CORES,
+    engine: EngineOption = "local",
+    allow_unreadable: AllowUnreadableOption = False,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Make an index anew beside the old one, then switch: after damage, or for another model.
+
+    Example: `med3dvlm index rebuild scans.index --model runs/search`
+    """
+    from med3dvlm.search import rebuild_index
+    from med3dvlm.search.database import place_of
+    from med3dvlm.search.index import read_head
+
+    read_head(place_of(index))
+    with common.progress_bar("embedding") as progress:
+        how = _how(batch_size, workers, engine, progress)
+        dual = common.load_dual_encoder(model, device)
+        result = rebuild_index(index, dual, how=how)
+    _print_result(index, result, dual, as_json=as_json)
+    if result.refused and not allow_unreadable:
+        raise typer.Exit(1)
+
+
+@index_app.command("map")
+def map_of(
+    index: IndexArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
+    colour: Annotated[
+        str | None, typer.Option(help="The column it opens with; others can be chosen there.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=10, help="Of more studies, so many are drawn at random.")
+    ] = 20_000,
+    seed: common.SeedOption = 0,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Draw the studies of an index so that those that are alike lie together (UMAP).
+
+    Example: `med3dvlm index map scans.index -o map.html --colour modality`
+    """
+    from med3dvlm.search import SearchIndex
+    from med3dvlm.search.map import write_map
+
+    opened = SearchIndex.open(index)
+    with common.errors.status("projecting"):
+        shown = write_map(opened, output, colour=colour, limit=limit, seed=seed)
+    typer.echo(f"{output}: {shown} of {len(opened)} studies")
+    if open_it:
+        _open(output)
+
+
 def search(
     index: IndexArgument,
     text: Annotated[str | None, typer.Argument(help="What to look for, in quotes.")] = None,
     scan: Annotated[str | None, typer.Option(help="Look for studies like this scan.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many studies.")] = 10,
-    where: Annotated[
-        list[str] | None, typer.Option(help="key=value that a study must have; repeatable.")
+    top: Annotated[int, typer.Option(min=1, help="How many studies a page.")] = 10,
+    page: Annotated[int, typer.Option(min=1, help="Which page of them.")] = 1,
+    where: WhereOption = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Compare embeddings only; words deny nothing.")
+    ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of the hits: middle slices and reports.")
     ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the same as a page.")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open that page in the browser.")] = False,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the studies of an index nearest to a text or to a scan.
+    """Find the studies of an index that fit a text, or are like a scan, or both.
 
-    Example: `med3dvlm search scans.index "left pleural effusion" --top 5`
+    Example: `med3dvlm search scans.index "left pleural effusion without pneumothorax" --top 5`
     """
-    if (text is None) == (scan is None):
-        raise typer.BadParameter("give either a text or --scan.")
+    if text is None and scan is None:
+        raise typer.BadParameter("say what to look for: a text, --scan, or both.")
     if text is not None and not text.strip():
         raise typer.BadParameter("the text is empty: write what to look for.")
     from med3dvlm.search import SearchIndex
 
+    SearchIndex.open(index).conditions(where or ())  # refused before the model is loaded
     read = None if scan is None else common.read_with_warnings(scan)
     dual = common.load_dual_encoder(model, device, precision)
     opened = SearchIndex.open(index, model=dual)
-    query = dual.embed_texts(text) if read is None else dual.embed_scans(read)
-    hits = opened.search(query[0], top=top, where=_conditions(where))
+    vector = None if read is None else dual.embed_scans(read)[0]
+    hits = opened.search(text, vector=vector, top=top, page=page, where=where or (), plain=plain)
+    understood = None if text is None or plain else _understood(text)
+    _show(hits, [*filter(None, (text, scan)), *(where or ())], dual, picture, html, open_it)
     if as_json:
         common.print_json(
             {
-                "index": str(index),
-                "query": text or scan,
+                "index": index,
+                "query": {"text": text, "scan": scan, "where": where or [], "page": page},
+                "understood": understood,
                 "hits": [_hit(hit) for hit in hits],
                 **common.provenance(dual),
                 "notice": common.notice(dual),
             }
         )
         return
+    if understood and understood["without"]:
+        _note(f"wanted: {understood['wanted'] or '–'}; without: {', '.join(understood['without'])}")
     for hit in hits:
         typer.echo(f"{hit.rank:3d}  {hit.score:.3f}  {hit.path}")
         if hit.report:
             typer.echo(f"            {_first_line(hit.report)}")
+    if not hits:
+        _note("no study fits.")
     common.print_notice(dual)
 
 
-def _conditions(where: list[str] | None) -> dict[str, str]:
-    conditions = {}
-    for condition in where or []:
-        key, equals, value = condition.partition("=")
-        if not equals or not key:
-            raise typer.BadParameter(f"--where {condition!r} is not of the form key=value.")
-        conditions[key] = value
-    return conditions
+def _show(
+    hits: list[Hit],
+    query: list[str],
+    dual: Any,
+    picture: Path | None,
+    page: Path | None,
+    open_it: bool,
+) -> None:
+    if open_it and page is None:
+        handle, name = tempfile.mkstemp(prefix="med3dvlm-", suffix=".html")
+        os.close(handle)
+        page = Path(name)
+    if picture is None and page is None:
+        return
+    from med3dvlm.search.sheet import draw_sheet, write_page
+
+    facts = common.provenance(dual)
+    made = f"Model {facts['model']}, weights {facts['weights']}, preparation {facts['preparation']}"
+    footer = f"{made}. {common.notice(dual)}"
+    for path, draw in ((picture, draw_sheet), (page, write_page)):
+        if path is not None:
+            draw(hits, path, title=" · ".join(query), footer=footer)
+            _note(f"written: {path}")
+    if open_it and page is not None:
+        _open(page)
+
+
+def _open(page: Path) -> None:
+    if not webbrowser.open(page.absolute().as_uri()):
+        _note(f"no browser could be started: open {page} yourself.")
+
+
+def _understood(text: str) -> dict[str, Any]:
+    from med3dvlm.search.query import read_words
+
+    words = read_words(text)
+    return {
+        "wanted": words.wanted,
+        "without": list(words.unwanted),
+        "left out if a report asserts": list(words.excluded),
+    }
 
 
 def _hit(hit: Any) -> dict[str, Any]:
     return {
         "rank": hit.rank,
         "score": hit.score,
+        "similarity": hit.similarity,
         "id": hit.id,
         "path": hit.path,
         "report": hit.report,
@@ -155,3 +402,7 @@ def _hit(hit: Any) -> dict[str, Any]:
 def _first_line(text: str, *, width: int = 100) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _note(text: str) -> None:
+    common.errors.print(text, markup=False, highlight=False)

@@ -160,6 +160,21 @@ def loss(
     _show(results, as_json)
 
 
+@app.command("generate")
+def generate(
+    model: common.ModelOption = "demo", runs: RunsOption = 5, as_json: JsonOption = False
+) -> None:
+    """Reports, answers and choices: together and remembered, against one by one and anew.
+
+    Example: `med3dvlm benchmark generate`
+    """
+    from med3dvlm.benchmark.generate import benchmark_generate
+
+    with common.errors.status("measuring"):
+        results = benchmark_generate(model=model, runs=runs)
+    _show(results, as_json)
+
+
 @app.command("data")
 def data(
     small_studies: Annotated[

@@ -111,6 +111,17 @@ def load_language_model(name: str, device: str, precision: str | None = None) ->
     return _load(name, device, "language", precision)
 
 
+def load_exact_language_model(name: str) -> Med3DVLM:
+    """On the CPU and in the precision of the file, to be written in another form."""
+    from med3dvlm.hub import CheckpointError, load_exact
+    from med3dvlm.models import Med3DVLM
+
+    model = load_exact(name, part="language")
+    if not isinstance(model, Med3DVLM):
+        raise CheckpointError(f"model {name!r} has no language model: give another.")
+    return model
+
+
 def load_dual_encoder(
     name: str, device: str, precision: str | None = None
 ) -> VolumeTextDualEncoder:

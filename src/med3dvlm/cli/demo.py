@@ -94,20 +94,20 @@ def _questions(out: Console, vlm: Any, scan: Any) -> None:
 def _search(out: Console, dual: Any, output: Path, real_ct: str, text: str) -> None:
     from med3dvlm.data.phantoms import write_studies
     from med3dvlm.scan import read_scan
-    from med3dvlm.search import SearchIndex, build_index
+    from med3dvlm.search import How, SearchIndex, build_index
 
     archive = output / "archive"
     if not archive.is_dir():
         with common.progress_bar("writing phantoms") as progress:
             write_studies(PHANTOMS, archive, layout="nifti", split="test", progress=progress)
     with common.progress_bar("embedding") as progress:
-        build_index(archive, dual, output / "demo.index", progress=progress)
+        build_index(archive, dual, output / "demo.index", how=How(progress=progress))
     index = SearchIndex.open(output / "demo.index", model=dual)
     for label, query in (
-        (f'"{text}"', dual.embed_texts(text)),
-        (f"studies like {Path(real_ct).name}", dual.embed_scans(read_scan(real_ct))),
+        (f'"{text}"', {"text": text}),
+        (f"studies like {Path(real_ct).name}", {"vector": dual.embed_scans(read_scan(real_ct))[0]}),
     ):
         out.print(f"[bold]{escape(label)}[/bold]")
-        for hit in index.search(query[0], top=3):
+        for hit in index.search(top=3, **query):
             first = " ".join((hit.report or "").split())[:110]
             out.print(f"  {hit.rank}. {hit.score:.2f}  {hit.id}  {escape(first)}…")

@@ -188,11 +188,15 @@ def zero_shot(
     store: StoreArgument,
     model: ModelOption = "demo",
     present: Annotated[
-        str, typer.Option(help="Prompt for a finding that is there.")
-    ] = "There is {finding}.",
+        list[str] | None, typer.Option(help="Prompt for a finding that is there; repeatable.")
+    ] = None,
     absent: Annotated[
-        str, typer.Option(help="Prompt for one that is not.")
-    ] = "There is no {finding}.",
+        list[str] | None, typer.Option(help="Prompt for one that is not; as many as --present.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A file of train calibration, to be measured; it holds its prompts."),
+    ] = None,
     split: SplitOption = "test",
     limit: LimitOption = None,
     by: ByOption = None,
@@ -208,17 +212,22 @@ def zero_shot(
 
     Example: `med3dvlm evaluate zero-shot ct-rate.store --model runs/search --split validation`
     """
+    from med3dvlm.cli.classify import prompt_pairs
+
+    prompts = prompt_pairs(present, absent)
     cases = _cases(store, split, limit, leaks, by)
     dual = common.load_dual_encoder(model, device)
     _check(cases, dual.preparation)
+    from med3dvlm.evaluate.calibration import Calibration
     from med3dvlm.evaluate.tasks import evaluate_zero_shot
+    from med3dvlm.evaluate.tasks.zero_shot import PROMPTS
 
     with common.progress_bar("evaluating") as progress:
         run = evaluate_zero_shot(
             dual,
             cases,
-            present=present,
-            absent=absent,
+            prompts=prompts or PROMPTS[:1],
+            calibration=None if calibration is None else Calibration.load(calibration),
             controls=controls,
             by=by,
             batch_size=batch_size,

@@ -117,35 +117,78 @@ def merge(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the smaller model goes.")],
+    bits: Annotated[int, typer.Option(help="Of each weight; 8 is what there is.")] = 8,
+    force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+) -> None:
+    """Hold the language model's weights in 8 bits: half the memory of 16.
+
+    Example: `med3dvlm model quantize med3dvlm-7b -o med3dvlm-7b-8bit`
+    """
+    from med3dvlm.models.quantized import BITS
+
+    if bits not in BITS:
+        raise typer.BadParameter(f"--bits {bits} is unknown: use {' or '.join(map(str, BITS))}.")
+    if output.exists() and not force:
+        raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
+    from med3dvlm.files import atomic_folder
+
+    with common.errors.status(f"quantizing {model}"):
+        vlm = common.load_exact_language_model(model)
+        vlm.quantize()
+        with atomic_folder(output) as temporary:
+            vlm.save_pretrained(temporary)
+            vlm.processor.save_pretrained(temporary)
+    typer.echo(f"{output}: {bits} bits")
+
+
+FORMATS = {
+    "onnx": "the encoder, or a dual encoder whole, as graphs that take any number of volumes",
+    "engine": "the plain language model, and what embeds prompts for it (vLLM, SGLang)",
+}
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
-    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    format: Annotated[
+        str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()))
+    ] = "onnx",
     part: Annotated[
         str | None, typer.Option(help="language or search, where a folder holds both.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a dual encoder, or the encoder of a language model, as ONNX graphs.
+    """Write a model in the form that another program runs.
 
-    They take any number of volumes at once, and are compared with the model before the folder is
-    written.
+    ONNX graphs are compared with the model before the folder is written.
 
     Example: `med3dvlm model export demo --part search -o demo-onnx`
     """
-    if format != "onnx":
-        raise typer.BadParameter(f"{format!r} is not known: use onnx.", param_hint="--format")
+    if format not in FORMATS:
+        raise typer.BadParameter(f"--format {format!r} is unknown: use {', '.join(FORMATS)}.")
     if output.exists() and not force:
         raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
-    from med3dvlm.files import atomic_folder
-    from med3dvlm.hub import load_exact
-    from med3dvlm.models.export import export_onnx
+    if format == "engine":
+        from med3dvlm.engines import export_for_engines
 
-    with common.errors.status(f"exporting {model}"), atomic_folder(output) as temporary:
-        errors = export_onnx(load_exact(model, part=part).float(), temporary)
+        with common.errors.status(f"exporting {model}"):
+            export_for_engines(common.load_exact_language_model(model), output)
+        errors = {}
+    else:
+        from med3dvlm.files import atomic_folder
+        from med3dvlm.hub import load_exact
+        from med3dvlm.models.export import export_onnx
+
+        with common.errors.status(f"exporting {model}"), atomic_folder(output) as temporary:
+            errors = export_onnx(load_exact(model, part=part).float(), temporary)
     if as_json:
-        common.print_json({"folder": str(output), "errors": errors})
+        common.print_json({"folder": str(output), "format": format, "errors": errors})
         return
+    typer.echo(f"{output}: {FORMATS[format]}")
     for name, error in errors.items():
         typer.echo(f"{output / name}.onnx: equal to the model within {error:.1e}")

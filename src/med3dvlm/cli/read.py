@@ -84,7 +84,12 @@ def report(
 
 def ask(
     scan: ScanArgument,
-    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    questions: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="QUESTION...", help="A question, in quotes; of several the scan is read once."
+        ),
+    ],
     choices: Annotated[
         list[str] | None,
         typer.Option("--choices", "-c", help="One possible answer; give the option for each."),
@@ -101,11 +106,11 @@ def ask(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer a question about a scan; with choices, score each by its likelihood.
+    """Answer questions about a scan; with choices, score each by its likelihood.
 
     Example: `med3dvlm ask chest/ "Which side is the effusion on?" -c left -c right`
     """
-    if not question.strip():
+    if not all(question.strip() for question in questions):
         raise typer.BadParameter("the question is empty: write one.")
     if choices is not None and len(choices) < 2:
         raise typer.BadParameter("one choice is no choice: give --choices at least twice.")
@@ -114,32 +119,37 @@ def ask(
     options = common.generation_options(
         sample=sample, temperature=temperature, top_p=top_p, seed=seed
     )
-    streamed = not as_json and not choices
-    answer = vlm.ask(
+    streamed = not as_json and not choices and len(questions) == 1
+    answers = vlm.ask(
         read,
-        question,
+        questions,
         choices,
         max_new_tokens=max_tokens,
         streamer=_streamer(vlm) if streamed else None,
         **options,
     )
     if as_json:
-        scored = [{"choice": c, "confidence": p} for c, p in answer.choices]
-        common.print_json(
-            _result(
-                vlm,
-                read,
-                question=question,
-                answer=answer,
-                confidence=answer.confidence,
-                choices=scored,
-            )
-        )
+        given = [_answer(*pair) for pair in zip(questions, answers, strict=True)]
+        common.print_json(_result(vlm, read, **given[0] if len(given) == 1 else {"answers": given}))
         return
-    for choice, share in answer.choices:
-        mark = "→" if share == answer.confidence else " "
-        typer.echo(f"{mark} {share:6.1%}  {choice}")
+    for question, answer in zip(questions, answers, strict=True):
+        if len(questions) > 1:
+            typer.echo(question)
+        if not streamed and not choices:
+            typer.echo(answer)
+        for choice, share in answer.choices:
+            mark = "→" if share == answer.confidence else " "
+            typer.echo(f"{mark} {share:6.1%}  {choice}")
     common.print_notice(vlm)
+
+
+def _answer(question: str, answer: Any) -> dict[str, Any]:
+    return {
+        "question": question,
+        "answer": answer,
+        "confidence": answer.confidence,
+        "choices": [{"choice": c, "confidence": p} for c, p in answer.choices],
+    }
 
 
 def _streamer(vlm: Any) -> Any:

@@ -1,10 +1,10 @@
-"""`train`: the three stages, each by its recipe."""
+"""`train`: the three stages, each by its recipe; probes and calibrations of a trained model."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,6 +62,72 @@ def train_instruction(
     Example: `med3dvlm train instruction recipes/demo/instruction.yaml`
     """
     _train("instruction", recipe, overrides, dry_run=dry_run, as_json=as_json)
+
+
+@app.command("probe")
+def train_probe(
+    index: Annotated[str, typer.Argument(help="An index of the studies.", metavar="INDEX")],
+    labels: Annotated[
+        Path,
+        typer.Argument(help="CSV or JSONL: id or path, and a column of 0 and 1 for each label."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    hidden: Annotated[
+        int, typer.Option(min=0, help="Width of a hidden layer; 0 for a linear probe.")
+    ] = 0,
+    seed: common.SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Labels of one's own, from the embeddings of an index; for `classify --probe`.
+
+    A fifth of the studies is held out, and scored with intervals.
+
+    Example: `med3dvlm train probe scans.index labels.csv -o probe/`
+    """
+    from med3dvlm.search import SearchIndex
+    from med3dvlm.train.probe import train_probe
+
+    probe, results = train_probe(SearchIndex.open(index), labels, hidden=hidden, seed=seed)
+    probe.save(output, results)
+    _print(results, as_json)
+
+
+@app.command("calibration")
+def train_calibration(
+    store: Annotated[str, typer.Argument(help="A store with labels.", metavar="STORE")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The file to write; calibration.json in the model's folder."
+        ),
+    ],
+    model: common.ModelOption = "demo",
+    split: Annotated[
+        str, typer.Option(help="Which split; not the one evaluated on.")
+    ] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    device: common.DeviceOption = "auto",
+) -> None:
+    """Fit the probabilities of `classify` to labelled studies (Platt scaling).
+
+    Example: `med3dvlm train calibration ct.store -m runs/search -o runs/search/calibration.json`
+    """
+    from med3dvlm.cli.store import data_module
+    from med3dvlm.evaluate.tasks import cases_of_store, fit_calibration
+
+    cases = cases_of_store(data_module("store").Store(store), split)
+    dual = common.load_dual_encoder(model, device)
+    with common.progress_bar("embedding") as progress:
+        fitted = fit_calibration(dual, cases, batch_size=batch_size, progress=progress)
+    fitted.save(output)
+    typer.echo(f"{output}: {len(fitted.findings)} findings, fitted on {len(cases)} studies")
+
+
+def _print(results: Any, as_json: bool) -> None:
+    if as_json:
+        common.print_json(results.to_dict())
+    else:
+        typer.echo(results.to_markdown())
 
 
 def _train(

@@ -102,6 +102,10 @@ GROUPS = {f"k{i}": tuple(kind.split(", ")) for i, kind in enumerate(CUES)}
 ANY_CUE = "|".join(f"(?P<k{i}>{'|'.join(wordings)})" for i, wordings in enumerate(CUES.values()))
 CUE = re.compile(rf"\b(?:{ANY_CUE})\b", re.IGNORECASE)
 FINITE_VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|contains?)\b", re.IGNORECASE)
+WORD = re.compile(r"\w[\w'-]*")
+NORMALITY = (("absent", "near"), ("absent", "adjacent"))
+JOINING = ("and", "or", "nor")
+EMPTY = ("a", "an", "any", "the", "is", "are", "was", "were", "there", "other", "seen")
 NEAR_WORDS = 3  # between a subject and "is normal"
 
 
@@ -123,6 +127,54 @@ def read_assertions(text: str, terms: Mapping[str, Term]) -> dict[str, Status]:
         said = {status for clause, cues in cued for status in _statuses(clause, cues, term)}
         found[name] = next((s for s in STRONGEST_FIRST if s in said), "not mentioned")
     return found
+
+
+def part_text(text: str) -> tuple[str, list[str]]:
+    """What a text says is there, and the phrases that it says are not.
+
+    Every word is read as a finding is: "no effusion; nodule in the left lung" gives "nodule in the
+    left lung" and ["effusion"]. What is said of something else ("history of …") is in neither;
+    "the heart is normal" asserts the words that it has.
+
+    Returns:
+        The words that are asserted, a clause a line; and each denied phrase without its articles.
+    """
+    kept: list[str] = []
+    denied: list[str] = []
+    for sentence in split_sentences(text):
+        for clause in CLAUSE_END.split(sentence):
+            cues = [c for c in CUE.finditer(clause) if GROUPS[c.lastgroup or ""] not in NORMALITY]
+            free_of = max(
+                (c.start() for c in cues if GROUPS[c.lastgroup or ""][1] == "both"), default=0
+            )
+            words = [  # before "free of" stands where, not what
+                word for word in WORD.finditer(clause, free_of) if not _is_cue(word, cues)
+            ]
+            said = [(word, _status(word, cues)) for word in words]
+            asserted = [word.group() for word, status in said if status in ("present", "uncertain")]
+            while asserted and asserted[-1].lower() in JOINING:
+                asserted.pop()
+            kept += [" ".join(asserted)] if asserted else []
+            denied += _phrases(clause, [word for word, status in said if status == "absent"])
+    return "\n".join(kept), denied
+
+
+def _is_cue(word: re.Match[str], cues: list[re.Match[str]]) -> bool:
+    return any(cue.start() < word.end() and word.start() < cue.end() for cue in cues)
+
+
+def _phrases(clause: str, words: list[re.Match[str]]) -> list[str]:
+    """Words that follow each other, parted by commas and by "or" and the like."""
+    phrases: list[list[str]] = [[]]
+    end = 0
+    for word in words:
+        between = clause[end : word.start()]
+        if between.strip() or word.group().lower() in JOINING:
+            phrases.append([])
+        if word.group().lower() not in (*JOINING, *EMPTY):
+            phrases[-1].append(word.group())
+        end = word.end()
+    return [" ".join(phrase) for phrase in phrases if phrase]
 
 
 @lru_cache(maxsize=1024)

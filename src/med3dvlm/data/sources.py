@@ -208,7 +208,7 @@ def _walk(root: Path, allow_outside: bool) -> Iterator[Path | Source]:
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is an index or a store, which hold no scans of their own."""
-    index = (folder / "index.json").is_file() and any(folder.glob("studies-*.jsonl"))
+    index = (folder / "index.json").is_file() and any(folder.glob("studies-*"))
     return index or (folder / "volumes.zarr").is_dir()
 
 

@@ -168,12 +168,21 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
     @torch.inference_mode()
     def embed_scans(self, scans: Scan | list[Scan], *, batch_size: int = 8) -> np.ndarray:
         """(n, dim) float32, rows of length 1; a scan, a path or a list of either."""
-        volumes = self.processor.volumes(scans)
+        return self.embed_volumes(self.processor.volumes(scans), batch_size=batch_size)
+
+    @torch.inference_mode()
+    def embed_volumes(self, volumes: Tensor, *, batch_size: int = 8) -> np.ndarray:
+        """(n, 1, D, H, W) prepared volumes -> (n, dim) float32, rows of length 1."""
         parts = [
             self.get_image_features(self._to_device(volumes[i : i + batch_size]))
             for i in range(0, len(volumes), batch_size)
         ]
         return _as_array(parts)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the checkpoint came with a tokenizer."""
+        return self.processor.tokenizer is not None
 
     @torch.inference_mode()
     def embed_texts(self, texts: str | list[str], *, batch_size: int = 64) -> np.ndarray:

@@ -135,6 +135,7 @@ class _Lines:
 
 def _norm(norm: torch.nn.BatchNorm3d) -> tuple[Tensor, Tensor]:
     """What a batch norm multiplies with and adds, in evaluation mode; float64."""
+    assert norm.running_mean is not None and norm.running_var is not None
     scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     return scale, norm.bias.double() - norm.running_mean.double() * scale
 

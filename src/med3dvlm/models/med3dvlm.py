@@ -8,8 +8,10 @@ The language model is any causal LM of transformers, chosen by `text_config`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +29,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from med3dvlm.models.checkpoint import HasProcessor, as_config
 from med3dvlm.models.dcformer import init_encoder_weights
+from med3dvlm.models.decoding import (
+    Recent,
+    content_of,
+    left_padded,
+    score,
+    score_plainly,
+    shares_prefixes,
+    state_of,
+    write,
+)
 from med3dvlm.models.projector import make_projector
-
-if TYPE_CHECKING:
-    from med3dvlm.scan import Scan
+from med3dvlm.models.quantized import BITS, quantize_linear_layers
+from med3dvlm.scan import Scan, read_scan
 
 PROMPT_LAYOUTS = ("placeholder", "published")
 REPORT_PROMPT = "Please write the report of this scan."
+SCANS_KEPT = 16  # of which visual tokens, keys and values are remembered
 
 
 class Med3DVLMConfig(PretrainedConfig):
@@ -51,6 +63,8 @@ class Med3DVLMConfig(PretrainedConfig):
             first placeholder keeps its own embedding and the question's first token is lost.
         prompt_template: how an instruction becomes a prompt; `{instruction}` is replaced.
         report_prompt: the instruction that asks for a report.
+        language_bits: 8 where the linear layers of the language model's blocks hold 8-bit
+            weights (`med3dvlm model quantize`); None where they are whole.
     """
 
     model_type = "med3dvlm"
@@ -71,8 +85,11 @@ class Med3DVLMConfig(PretrainedConfig):
         prompt_layout: str = "placeholder",
         prompt_template: str = "{instruction}",
         report_prompt: str = REPORT_PROMPT,
+        language_bits: int | None = None,
         **kwargs,
     ):
+        if language_bits not in (None, *BITS):
+            raise ValueError(f"language_bits {language_bits!r} is unknown: use 8 or nothing.")
         if prompt_layout not in PROMPT_LAYOUTS:
             raise ValueError(
                 f"prompt_layout {prompt_layout!r} is unknown: use 'placeholder' or, for published "
@@ -88,8 +105,16 @@ class Med3DVLMConfig(PretrainedConfig):
         self.prompt_layout = prompt_layout
         self.prompt_template = prompt_template
         self.report_prompt = report_prompt
+        self.language_bits = language_bits
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+
+
+@cache
+def cache_argument(language_model: type[nn.Module]) -> str:
+    """What it calls the cache of keys and values: transformers renamed it in 5.24."""
+    names = inspect.signature(language_model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def weighted_loss(
@@ -155,6 +180,10 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             residual=config.projector_residual,
         )
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.language_bits is not None:
+            quantize_linear_layers(self.language_model, empty=True)
+        self.seen: Recent[Tensor] = Recent(SCANS_KEPT)
+        self.prefixes: Recent[Any] = Recent(SCANS_KEPT)
         self.post_init()
 
     @torch.no_grad()
@@ -164,6 +193,22 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     @property
     def num_visual_tokens(self) -> int:
         return int(self.projector.num_tokens)
+
+    # What was remembered is known by the weights' addresses and versions; moving or replacing the
+    # weights may bring both back with other values, so it is forgotten then.
+
+    def forget(self) -> None:
+        """Forget the scans that were seen."""
+        self.seen.kept.clear()
+        self.prefixes.kept.clear()
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        return super()._apply(fn, *args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.forget()
+        return super().load_state_dict(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -186,6 +231,28 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     def get_visual_tokens(self, volumes: Tensor) -> Tensor:
         """(B, 1, D, H, W) prepared volumes -> (B, N, width of the language model)."""
         return self.projector(*self.encode(volumes))
+
+    def quantize(self) -> None:
+        """Hold the linear layers of the language model's blocks in 8 bits from now on.
+
+        Raises:
+            ValueError: if they are already.
+        """
+        if self.config.language_bits is not None:
+            raise ValueError(f"model {self.label!r} is quantized already: give the whole one.")
+        quantize_linear_layers(self.language_model)
+        self.config.language_bits = 8
+
+    def prompt_embeddings(self, scan: Scan | str | Tensor, instruction: str) -> Tensor:
+        """What the language model reads of a prompt about one scan: (tokens, width).
+
+        Fed to the language model alone, here or in another engine, they are continued with the
+        same words. `scan` may be visual tokens (1, N, width) from :meth:`see`.
+        """
+        visual, _ = self._visual(scan)
+        with torch.inference_mode():
+            ids = self.processor.prompts([instruction])["input_ids"].to(self.device)
+            return self._place(visual, ids, self.get_input_embeddings()(ids))[0]
 
     # --- transformers' contract: forward and generate -----------------------------------------
 
@@ -221,11 +288,12 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if visual_tokens is not None:
                 inputs_embeds = self._place(visual_tokens, input_ids, inputs_embeds)
+        if past_key_values is not None:
+            kwargs[cache_argument(type(self.language_model))] = past_key_values
         weighted = labels is not None and loss_weights is not None
         out = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=None if weighted else labels,
             logits_to_keep=logits_to_keep,
@@ -276,8 +344,22 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
 
     @torch.inference_mode()
     def see(self, scans: Scan | str | Sequence[Scan | str]) -> Tensor:
-        """Visual tokens (n, N, width) of scans, to pass to `report` and `ask` more than once."""
-        return self.get_visual_tokens(self._to_device(self.processor.volumes(scans)))
+        """Visual tokens (n, N, width) of scans, to pass to `report` and `ask` more than once.
+
+        Those of the scans seen last are remembered, by the scans' content and for as long as the
+        weights stay as they are, so that asking about one again costs no encoder time.
+        """
+        given = scans if isinstance(scans, list | tuple) else [scans]
+        read = [scan if isinstance(scan, Scan) else read_scan(scan) for scan in given]
+
+        def look(places: Sequence[int]) -> Sequence[Tensor]:
+            volumes = self.processor.volumes([read[place] for place in places])
+            return [row.clone() for row in self.get_visual_tokens(self._to_device(volumes))]
+
+        if self.training:
+            return torch.stack(list(look(range(len(read)))))
+        known = (state_of(self), self.preparation.fingerprint())
+        return torch.stack(self.seen.get([(*known, content_of(scan)) for scan in read], look))
 
     def report(
         self,
@@ -288,7 +370,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         streamer: Any = None,
         **generation: Any,
     ) -> Any:
-        """Draft a report; a list of scans gives a list of reports, in one batch.
+        """Draft a report; a list of scans gives a list of reports, written side by side.
 
         Args:
             scan: a scan, a path, a list of either, or visual tokens from :meth:`see`.
@@ -341,10 +423,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             if not text.strip():
                 raise ValueError("the question is empty: write one.")
         if choices is not None:
-            answers = [
-                self._choose(visual[i : i + 1], text, list(choices))
-                for i, text in enumerate(questions)
-            ]
+            answers = self.choose(visual, questions, [choices] * len(questions))
         else:
             answers = self._write(
                 visual, questions, max_new_tokens=max_new_tokens, streamer=streamer, **generation
@@ -368,28 +447,67 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         streamer: Any = None,
         **generation: Any,
     ) -> list[Answer]:
-        prompts = self.processor.prompts(instructions).to(self.device)
-        self._check_length(prompts["input_ids"].shape[1])
+        written = self._write_tokens(
+            visual, instructions, max_new_tokens=max_new_tokens, streamer=streamer, **generation
+        )
+        tokens, confidences = zip(*written, strict=True)
+        texts = self.processor.tokenizer.batch_decode(list(tokens), skip_special_tokens=True)
+        return [
+            Answer(text.strip(), confidence=c) for text, c in zip(texts, confidences, strict=True)
+        ]
+
+    def _write_tokens(
+        self,
+        visual: Tensor,
+        instructions: list[str],
+        *,
+        max_new_tokens: int,
+        streamer: Any = None,
+        **generation: Any,
+    ) -> list[tuple[list[int], float]]:
+        """The tokens of each answer, and its confidence."""
+        prompts = self.processor.prompt_tokens(instructions)
+        self._check_length(max(map(len, prompts)))
+        if generation or not shares_prefixes(self, prompts):
+            return self._generate(
+                visual, prompts, max_new_tokens=max_new_tokens, streamer=streamer, **generation
+            )
         settings = self._greedy()
-        settings.update(
+        if streamer is not None:
+            streamer.put(left_padded(prompts, settings.pad_token_id, "cpu"))
+        written = write(
+            self,
+            visual,
+            prompts,
             max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **generation,
+            end=settings.eos_token_id,
+            streamer=streamer,
         )
+        if streamer is not None:
+            streamer.end()
+        return written
+
+    def _generate(
+        self, visual: Tensor, prompts: list[list[int]], *, streamer: Any = None, **generation: Any
+    ) -> list[tuple[list[int], float]]:
+        """What `write` gives, by the library: with its options, and for any language model."""
+        settings = self._greedy()
+        settings.update(return_dict_in_generate=True, output_logits=True, **generation)
+        input_ids = left_padded(prompts, settings.pad_token_id, self.device)
+        is_token = left_padded([[1] * len(prompt) for prompt in prompts], 0, self.device)
         out = self.generate(
-            **prompts, visual_tokens=visual, generation_config=settings, streamer=streamer
+            input_ids=input_ids,
+            attention_mask=is_token,
+            visual_tokens=visual,
+            generation_config=settings,
+            streamer=streamer,
         )
-        new = out.sequences[:, prompts["input_ids"].shape[1] :]
+        new = out.sequences[:, input_ids.shape[1] :]
         log_probs = torch.stack(out.logits, dim=1).float().log_softmax(-1)
         taken = log_probs.gather(-1, new.unsqueeze(-1)).squeeze(-1)  # (B, new tokens)
         counted = self._until_end(new)
         confidence = ((taken * counted).sum(1) / counted.sum(1).clamp(min=1)).exp()
-        texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [
-            Answer(text.strip(), confidence=c)
-            for text, c in zip(texts, confidence.tolist(), strict=True)
-        ]
+        return list(zip(new.tolist(), confidence.tolist(), strict=True))
 
     def _greedy(self) -> GenerationConfig:
         """Greedy by default, whatever a published generation config says about sampling."""
@@ -405,37 +523,46 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         before = F.pad(ended, (1, 0))[:, :-1]
         return (before == 0).float()
 
-    @torch.inference_mode()
-    def _choose(self, visual: Tensor, question: str, choices: list[str]) -> Answer:
-        lettered = self.processor.lettered(choices)
-        prompt = self.processor.closed_question(question, choices)
-        shares = self.likelihoods(visual, prompt, lettered)
-        best = max(range(len(choices)), key=shares.__getitem__)
-        return Answer(
-            lettered[best],
-            confidence=shares[best],
-            choices=list(zip(choices, shares, strict=True)),
-        )
-
-    @torch.inference_mode()
-    def likelihoods(self, visual: Tensor, instruction: str, targets: list[str]) -> list[float]:
-        """How likely each text follows the instruction, as shares that add up to 1.
+    def choose(
+        self, visual: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[Answer]:
+        """The likeliest of its choices for each question, all scored together.
 
         Args:
-            visual: (1, N, width), from :meth:`see`.
+            visual: (n, N, width), from :meth:`see`, one row a question.
         """
-        batch = self.processor.training_batch([[(instruction, target)] for target in targets])
-        batch = batch.to(self.device)
-        self._check_length(batch["input_ids"].shape[1])
-        logits = self(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            visual_tokens=visual.expand(len(targets), -1, -1),
-        ).logits
-        labels = batch["labels"][:, 1:]
-        log_probs = logits[:, :-1].float().log_softmax(-1)
-        taken = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return (taken * (labels >= 0)).sum(1).softmax(0).tolist()
+        lettered = [self.processor.lettered(of) for of in choices]
+        closed = self.processor.closed_question
+        asked = [closed(text, of) for text, of in zip(questions, choices, strict=True)]
+        answers = []
+        for texts, of, shares in zip(
+            lettered, choices, self.score(visual, asked, lettered), strict=True
+        ):
+            best = max(range(len(of)), key=shares.__getitem__)
+            scored = list(zip(of, shares, strict=True))
+            answers.append(Answer(texts[best], confidence=shares[best], choices=scored))
+        return answers
+
+    @torch.inference_mode()
+    def score(
+        self, visual: Tensor, instructions: Sequence[str], targets: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """How likely each of its texts follows each instruction, as shares that add up to 1.
+
+        Args:
+            visual: (n, N, width), from :meth:`see`, one row an instruction.
+        """
+        prompts = self.processor.prompt_tokens(instructions)
+        following = [self.processor.target_tokens(of) for of in targets]
+        self._check_length(
+            max(len(p) + max(map(len, of)) for p, of in zip(prompts, following, strict=True))
+        )
+        how = score if shares_prefixes(self, prompts) else score_plainly
+        return [of.softmax(0).tolist() for of in how(self, visual, prompts, following)]
+
+    def likelihoods(self, visual: Tensor, instruction: str, targets: list[str]) -> list[float]:
+        """:meth:`score` of one instruction, with visual tokens (1, N, width)."""
+        return self.score(visual, [instruction], [targets])[0]
 
     def _check_length(self, length: int) -> None:
         limit = getattr(self.config.text_config, "max_position_embeddings", None)

@@ -175,6 +175,16 @@ class Med3DVLMProcessor(ProcessorMixin):
             return_tensors="pt",
         )
 
+    def prompt_tokens(self, instructions: Sequence[str]) -> list[list[int]]:
+        """The tokens of prompts to be continued, without padding."""
+        return self._needed_tokenizer()([self.prompt(text) for text in instructions])["input_ids"]
+
+    def target_tokens(self, targets: Sequence[str]) -> list[list[int]]:
+        """The tokens of answers, each with the end token."""
+        tokenizer = self._needed_tokenizer()
+        found = tokenizer(list(targets), add_special_tokens=False)["input_ids"]
+        return [[*tokens, tokenizer.eos_token_id] for tokens in found]
+
     def training_batch(self, turns: Sequence[Sequence[tuple[str, str]]]) -> BatchEncoding:
         """Sequences of visual tokens and (instruction, answer) turns about them, for training.
 

@@ -592,6 +592,11 @@ def save_published(model: Med3DVLM | VolumeTextDualEncoder, folder: Path) -> Non
             "has no place for its settings."
         )
     if isinstance(model, Med3DVLM):
+        if model.config.language_bits is not None:
+            raise CheckpointError(
+                f"model {model.label!r} is quantized, which the published layout has no place for: "
+                "convert the whole one."
+            )
         rules = _vlm_rules(model.config.projector)
     else:
         rules = DUAL_ENCODER_RULES

@@ -79,7 +79,7 @@ def read_gzip(name: str, file: BinaryIO, offset: int, size: int) -> bytearray:
                     "claims; the header is wrong or the file is a decompression bomb."
                 )
             return block
-    except (EOFError, OSError, isal_zlib.error) as error:
+    except (EOFError, OSError, isal_zlib.error) as error:  # pyright: ignore[reportGeneralTypeIssues]
         raise ScanError(
             f"{name}: the gzip stream is damaged ({error}); copy or download the file again."
         ) from error

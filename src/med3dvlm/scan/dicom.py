@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -522,4 +523,7 @@ def _meta(dataset: pydicom.Dataset, count: int) -> dict[str, Any]:
         value = dataset.get(keyword, None)
         if value not in (None, ""):
             meta[key] = float(value) if isinstance(value, float) else str(value)
+    date = str(dataset.get("StudyDate", None) or "")
+    if re.fullmatch(r"\d{8}", date):
+        meta["study_date"] = f"{date[:4]}-{date[4:6]}-{date[6:]}"
     return meta

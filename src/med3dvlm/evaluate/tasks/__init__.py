@@ -10,7 +10,7 @@ from med3dvlm.evaluate.tasks.run import Example, Run
 from med3dvlm.evaluate.tasks.twins import evaluate_twins, make_pairs
 from med3dvlm.evaluate.tasks.vqa import evaluate_vqa
 from med3dvlm.evaluate.tasks.wording import load_scorer
-from med3dvlm.evaluate.tasks.zero_shot import evaluate_zero_shot
+from med3dvlm.evaluate.tasks.zero_shot import evaluate_zero_shot, fit_calibration
 
 __all__ = [
     "AlwaysNo",
@@ -31,6 +31,7 @@ __all__ = [
     "evaluate_twins",
     "evaluate_vqa",
     "evaluate_zero_shot",
+    "fit_calibration",
     "load_scorer",
     "make_pairs",
     "verdict",

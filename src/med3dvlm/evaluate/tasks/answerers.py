@@ -37,12 +37,14 @@ class Answerer(Protocol):
         """(n, 1, D, H, W) prepared volumes -> (n, …), all that it keeps of them."""
         ...
 
-    def choose(self, seen: Tensor, question: str, choices: Sequence[str]) -> int:
-        """The number of the choice that it takes; `seen` is (1, …)."""
+    def choose(
+        self, seen: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[int]:
+        """The number of the choice that it takes for each question; `seen` is (n, …)."""
         ...
 
-    def says_yes(self, seen: Tensor, question: str) -> bool:
-        """Whether "yes" is likelier than "no"; `seen` is (1, …)."""
+    def says_yes(self, seen: Tensor, questions: Sequence[str]) -> list[bool]:
+        """Whether "yes" is likelier than "no" for each question; `seen` is (n, …)."""
         ...
 
     def write(
@@ -73,13 +75,16 @@ class LanguageModel:
     def see(self, volumes: Tensor) -> Tensor:
         return self.model.get_visual_tokens(self.model._to_device(volumes)).cpu()
 
-    def choose(self, seen: Tensor, question: str, choices: Sequence[str]) -> int:
-        answer = self.model.ask(self._placed(seen), question, list(choices))
-        return self.model.processor.lettered(choices).index(str(answer))
+    def choose(
+        self, seen: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[int]:
+        answers = self.model.choose(self._placed(seen), questions, choices)
+        lettered = self.model.processor.lettered
+        return [lettered(of).index(str(a)) for a, of in zip(answers, choices, strict=True)]
 
-    def says_yes(self, seen: Tensor, question: str) -> bool:
-        yes, no = self.model.likelihoods(self._placed(seen), question, ["yes", "no"])
-        return yes > no
+    def says_yes(self, seen: Tensor, questions: Sequence[str]) -> list[bool]:
+        words = [["yes", "no"]] * len(questions)
+        return [yes > no for yes, no in self.model.score(self._placed(seen), questions, words)]
 
     def write(
         self, seen: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]] | None = None
@@ -120,11 +125,13 @@ class AlwaysNo(_Blind):
 
     label = "always-no"
 
-    def choose(self, seen: Tensor, question: str, choices: Sequence[str]) -> int:
-        return 0
+    def choose(
+        self, seen: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[int]:
+        return [0] * len(questions)
 
-    def says_yes(self, seen: Tensor, question: str) -> bool:
-        return False
+    def says_yes(self, seen: Tensor, questions: Sequence[str]) -> list[bool]:
+        return [False] * len(questions)
 
     def write(
         self, seen: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]] | None = None
@@ -156,19 +163,24 @@ class QuestionOnly(_Blind):
                 "none: give a store with some in --reports."
             )
 
-    def choose(self, seen: Tensor, question: str, choices: Sequence[str]) -> int:
+    def choose(
+        self, seen: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]]
+    ) -> list[int]:
+        return [self._likeliest(*pair) for pair in zip(questions, choices, strict=True)]
+
+    def _likeliest(self, question: str, choices: Sequence[str]) -> int:
         known = self.of_text.get(("closed", question), Counter())
         return max(range(len(choices)), key=lambda i: (known[choices[i]], -i))
 
-    def says_yes(self, seen: Tensor, question: str) -> bool:
-        return self._commonest("yes_no", question) == "yes"
+    def says_yes(self, seen: Tensor, questions: Sequence[str]) -> list[bool]:
+        return [self._commonest("yes_no", question) == "yes" for question in questions]
 
     def write(
         self, seen: Tensor, questions: Sequence[str], choices: Sequence[Sequence[str]] | None = None
     ) -> list[str]:
         if choices is None:
             return [self._commonest("open", text) for text in questions]
-        chosen = [self.choose(seen, *pair) for pair in zip(questions, choices, strict=True)]
+        chosen = self.choose(seen, questions, choices)
         return [f"{chr(65 + k)}. {c[k]}" for k, c in zip(chosen, choices, strict=True)]
 
     def _commonest(self, kind: str, question: str) -> str:

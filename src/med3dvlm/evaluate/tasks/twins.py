@@ -31,6 +31,7 @@ from med3dvlm.evaluate.tasks.answerers import Answerer
 from med3dvlm.evaluate.tasks.cases import CAVEAT
 from med3dvlm.evaluate.tasks.plots import bars
 from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run
+from med3dvlm.evaluate.tasks.vqa import decide
 from med3dvlm.scan import prepare
 
 TRIES = 20  # studies, to find one that has a place for a finding
@@ -118,9 +119,8 @@ def evaluate_twins(
     for first in range(0, len(pairs), batch_size):
         part = pairs[first : first + batch_size]
         studies = [study for pair in part for study in pair.studies]
-        seen = _see(answerer, studies)
-        for place, pair in enumerate(part):
-            run.samples.append(_answer(answerer, pair, seen[2 * place : 2 * place + 2]))
+        given = _answers(answerer, part, _see(answerer, studies))
+        run.samples += [_sample(pair, of) for pair, of in zip(part, given, strict=True)]
         for study in studies:
             study.__dict__.pop("array", None)  # 4 MB each, not needed again
         if progress:
@@ -143,11 +143,26 @@ def _see(answerer: Answerer, studies: Sequence[PhantomStudy]) -> Tensor:
     )
 
 
-def _answer(answerer: Answerer, pair: Pair, seen: Tensor) -> dict[str, Any]:
-    given = [
-        _one(answerer, seen[side : side + 1], question)
+def _answers(answerer: Answerer, pairs: Sequence[Pair], seen: Tensor) -> list[list[str]]:
+    """What is answered about both studies of each pair, of which `seen` has two rows each."""
+    asked = [
+        {
+            "index": 2 * place + side,
+            "kind": "closed" if question.choices else "yes_no",
+            "question": question.text,
+            "choices": question.choices,
+        }
+        for place, pair in enumerate(pairs)
         for side, question in enumerate(pair.questions)
     ]
+    decide(answerer, seen, asked)
+    given = [
+        s["choices"][ord(s["given"]) - ord("A")] if s["choices"] else s["given"] for s in asked
+    ]
+    return [given[i : i + 2] for i in range(0, len(given), 2)]
+
+
+def _sample(pair: Pair, given: list[str]) -> dict[str, Any]:
     right = [question.answer for question in pair.questions]
     correct = [g == r for g, r in zip(given, right, strict=True)]
     return {
@@ -164,12 +179,6 @@ def _answer(answerer: Answerer, pair: Pair, seen: Tensor) -> dict[str, Any]:
             f"{pair.kind}: answer changed": float(given[0] != given[1]),
         },
     }
-
-
-def _one(answerer: Answerer, seen: Tensor, question: Question) -> str:
-    if question.choices is None:
-        return "yes" if answerer.says_yes(seen, question.text) else "no"
-    return question.choices[answerer.choose(seen, question.text, question.choices)]
 
 
 def twin_table(samples: Sequence[dict[str, Any]]) -> list[Row]:

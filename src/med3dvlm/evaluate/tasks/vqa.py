@@ -32,6 +32,7 @@ from med3dvlm.evaluate.wording import wording_scores
 
 Sample = dict[str, Any]
 KINDS = ("closed", "yes_no", "open")
+STUDIES_AT_ONCE = 16  # whose questions are decided together
 
 
 def evaluate_vqa(
@@ -96,15 +97,18 @@ def answer_conditions(
     total, done = sum(len(of) for of in samples.values()), 0
     for condition, rows in seen.items():
         memory: dict[Any, str] = {}  # with a blank, the same words have the same answer
-        for sample in samples[condition]:
-            done += 1
-            if sample["kind"] == "open":
-                continue
-            key = (sample["question"], *(sample["choices"] or ()))
-            if condition != BLANK or key not in memory:
-                index = sample["index"]
-                memory[key] = _decide(answerer, rows[index : index + 1], sample)
-            sample["given"] = memory[key]
+        for first in range(0, len(rows), STUDIES_AT_ONCE):
+            asked = range(first, first + STUDIES_AT_ONCE)
+            part = [s for s in samples[condition] if s["index"] in asked]
+            if condition == BLANK:
+                new = {_words_asked(s): s for s in part if _words_asked(s) not in memory}
+                decide(answerer, rows, list(new.values()))
+                memory |= {words: sample["given"] for words, sample in new.items()}
+                for sample in part:
+                    sample["given"] = memory[_words_asked(sample)]
+            else:
+                decide(answerer, rows, part)
+            done += len(part)
             if progress:
                 progress(done, total)
         if written:
@@ -135,10 +139,28 @@ def _questions(cases: Cases, index: int, written: bool) -> list[Sample]:
     ]
 
 
-def _decide(answerer: Answerer, seen: Tensor, sample: Sample) -> str:
-    if sample["kind"] == "yes_no":
-        return "yes" if answerer.says_yes(seen, sample["question"]) else "no"
-    return chr(ord("A") + answerer.choose(seen, sample["question"], sample["choices"]))
+def _words_asked(sample: Sample) -> tuple[str, ...]:
+    return (sample["question"], *(sample["choices"] or ()))
+
+
+def decide(answerer: Answerer, rows: Tensor, samples: Sequence[Sample]) -> None:
+    """Fill in what is `given` to closed and yes/no questions, those of a kind together.
+
+    `index` of a sample is its row among `rows`.
+    """
+    for kind in ("closed", "yes_no"):
+        of_kind = [sample for sample in samples if sample["kind"] == kind]
+        if not of_kind:
+            continue
+        seen = rows[torch.tensor([sample["index"] for sample in of_kind])]
+        questions = [sample["question"] for sample in of_kind]
+        if kind == "yes_no":
+            given = ["yes" if yes else "no" for yes in answerer.says_yes(seen, questions)]
+        else:
+            chosen = answerer.choose(seen, questions, [sample["choices"] for sample in of_kind])
+            given = [chr(ord("A") + number) for number in chosen]
+        for sample, answer in zip(of_kind, given, strict=True):
+            sample["given"] = answer
 
 
 def _write(answerer: Answerer, rows: Tensor, samples: Sequence[Sample], batch_size: int) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from med3dvlm.data.sources import Progress
+from med3dvlm.evaluate.calibration import Calibration, Platt, calibration_table
 from med3dvlm.evaluate.statistics import interval_of
 from med3dvlm.evaluate.tasks.cases import Cases
 from med3dvlm.evaluate.tasks.controls import SCAN, Score, Scorer, look
@@ -18,15 +19,19 @@ from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, be
 from med3dvlm.evaluate.zero_shot import auroc, classification_table
 from med3dvlm.models import VolumeTextDualEncoder
 
-PRESENT, ABSENT = "There is {finding}.", "There is no {finding}."
+PROMPTS = (  # the last pair is CT-CLIP's
+    ("There is {finding}.", "There is no {finding}."),
+    ("{Finding}.", "No {finding}."),
+    ("{Finding} is present.", "{Finding} is not present."),
+)
 
 
 def evaluate_zero_shot(
     dual: VolumeTextDualEncoder,
     cases: Cases,
     *,
-    present: str = PRESENT,
-    absent: str = ABSENT,
+    prompts: Sequence[tuple[str, str]] = PROMPTS[:1],
+    calibration: Calibration | None = None,
     controls: int = 200,
     by: str | None = None,
     batch_size: int = 8,
@@ -38,7 +43,8 @@ def evaluate_zero_shot(
     Where the model has a head for the findings, its probabilities are scored beside.
 
     Args:
-        present, absent: prompts; `{finding}` is replaced by the name, in lower case.
+        prompts: pairs of prompts, present and absent; see :func:`prompt_embeddings`.
+        calibration: is measured beside the scores; its prompts are taken.
 
     Raises:
         ValueError: for studies without labels of a known vocabulary, or prompts without
@@ -46,18 +52,25 @@ def evaluate_zero_shot(
     """
     true = cases.finding_matrix()
     names = list(cases.terms or {})
-    prompts = prompt_embeddings(dual, names, present, absent)
+    if calibration is not None:
+        calibration.check_model(dual)
+        prompts = calibration.prompts
+    asked = prompt_embeddings(dual, names, prompts)
     see = {"search": see_with(dual)}
     seen = look(see, cases, controls=controls, batch_size=batch_size, seed=seed, progress=progress)[
         "search"
     ]
     given = {
-        condition: prompt_probabilities(dual, embeddings(dual, pooled), prompts)
+        condition: prompt_probabilities(dual, embeddings(dual, pooled), asked)
         for condition, pooled in seen.items()
     }
     run = begin("zero-shot", dual.label, dual.fingerprint(), cases)
     table = classification_table(true, given[SCAN], names)
     run.results.add("Findings from prompts", table)
+    if calibration is not None:
+        calibrated = calibration.apply(names, given[SCAN])
+        table_of_errors = calibration_table(true, given[SCAN], calibrated, names)
+        run.results.add("Calibration of the probabilities from prompts", table_of_errors)
     if dual.concept_head is not None and set(names) <= set(dual.config.concepts):
         head = concept_probabilities(dual, seen[SCAN], names)
         run.results.add("Findings from the concept head", classification_table(true, head, names))
@@ -80,18 +93,68 @@ def evaluate_zero_shot(
 
 
 def prompt_embeddings(
-    dual: VolumeTextDualEncoder, names: Sequence[str], present: str, absent: str
+    dual: VolumeTextDualEncoder, names: Sequence[str], prompts: Sequence[tuple[str, str]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(names, dim) of what says that a finding is there, and that it is not."""
-    for option, prompt in (("present", present), ("absent", absent)):
-        if "{finding}" not in prompt:
-            raise ValueError(f"--{option} {prompt!r} holds no {{finding}}: say where it goes.")
-    spoken = [name.lower() for name in names]
+    """(names, dim) of what says that a finding is there, and that it is not.
+
+    Of several pairs of prompts the mean is taken, as ensembles of prompts are (CLIP, ICML 2021).
+
+    Args:
+        prompts: pairs, present and absent; `{finding}` is replaced by the name in lower case,
+            `{Finding}` by the name with a capital.
+
+    Raises:
+        ValueError: for a prompt without `{finding}`, or none.
+    """
+    if not prompts:
+        raise ValueError("there is no prompt: give at least one pair.")
+    for pair in prompts:
+        for prompt in pair:
+            if "{finding}" not in prompt.lower():
+                raise ValueError(f"the prompt {prompt!r} holds no {{finding}}: say where it goes.")
     there, not_there = (
-        dual.embed_texts([prompt.replace("{finding}", name) for name in spoken])
-        for prompt in (present, absent)
+        np.mean(
+            [dual.embed_texts([fill(p[side], name) for name in names]) for p in prompts], axis=0
+        )
+        for side in (0, 1)
     )
     return there, not_there
+
+
+def fill(prompt: str, name: str) -> str:
+    spoken = name[0].lower() + name[1:] if name[1:2].islower() else name  # "CT" stays
+    return prompt.replace("{finding}", spoken).replace("{Finding}", spoken[0].upper() + spoken[1:])
+
+
+def fit_calibration(
+    dual: VolumeTextDualEncoder,
+    cases: Cases,
+    *,
+    prompts: Sequence[tuple[str, str]] = PROMPTS,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Fit probabilities to the labels of some studies, which are then not evaluated on.
+
+    Raises:
+        ValueError: for studies without labels of a known vocabulary.
+    """
+    true = cases.finding_matrix()
+    names = list(cases.terms or {})
+    see = {"search": see_with(dual)}
+    seen = look(see, cases, controls=0, batch_size=batch_size, seed=0, progress=progress)
+    images = embeddings(dual, seen["search"][SCAN])
+    given = prompt_probabilities(dual, images, prompt_embeddings(dual, names, prompts))
+    each = {n.lower(): Platt.fit(t, p) for n, t, p in zip(names, true.T, given.T, strict=True)}
+    return Calibration(
+        dual.label,
+        dual.fingerprint(),
+        dual.preparation.fingerprint(),
+        tuple(prompts),
+        each,
+        Platt.fit(true.ravel(), given.ravel()),
+        dict(cases.facts),
+    )
 
 
 def prompt_probabilities(

@@ -1,0 +1,76 @@
+"""Kill an index build at ten moments: `python benchmarks/kill_index.py STORE`.
+
+What `index build` does runs with the bundled model on a prepared store, saves every 10 studies, is
+killed (-9) when some more are saved, and is started again. After each kill the index must be
+whole; at the end it must hold every study of the store once. Children are forked, so that they need
+not import everything again; the parent therefore never touches the database before the end.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from med3dvlm import load
+from med3dvlm.data.store import Store
+from med3dvlm.search import How, SearchIndex, build_index
+
+KILLS, SAVE_EVERY = 10, 10
+FORK = multiprocessing.get_context("fork")
+
+
+def build_it(store: str, folder: Path) -> None:
+    build_index(store, load("demo", part="search"), folder, how=How(save_every=SAVE_EVERY))
+
+
+def look(folder: Path, answer: multiprocessing.SimpleQueue) -> None:
+    index = SearchIndex.open(folder)
+    answer.put((len(index), index.verify()))
+
+
+def saves(folder: Path) -> int:
+    return len(list(folder.glob("studies-1.lance/_versions/*.manifest")))
+
+
+def main() -> int:
+    store, random_ = Store(sys.argv[1]), random.Random(0)
+    load("demo", part="search")  # imports what the children need
+    answer = FORK.SimpleQueue()
+    with tempfile.TemporaryDirectory() as root:
+        folder, bad = Path(root) / "index", 0
+        share = len(store) / SAVE_EVERY / (KILLS + 1)  # saves between two kills
+        for kill in range(KILLS):
+            before = saves(folder)
+            child = FORK.Process(target=build_it, args=(store.location, folder))
+            child.start()
+            wanted = before + max(1, round(share)) + (3 if kill == 0 else 0)
+            while saves(folder) < wanted and child.is_alive():
+                time.sleep(0.002)
+            time.sleep(random_.random() * 0.2)
+            os.kill(child.pid or 0, signal.SIGKILL)
+            child.join()
+            looking = FORK.Process(target=look, args=(folder, answer))
+            looking.start()
+            count, problems = answer.get()
+            looking.join()
+            bad += len(problems)
+            print(f"kill {kill + 1}: {count} studies, {len(problems)} problems", flush=True)
+        last = FORK.Process(target=build_it, args=(store.location, folder))
+        last.start()
+        last.join()
+        index = SearchIndex.open(folder)
+        found = [study.path for study in index.select()]
+        problems = index.verify()
+        print(f"end: {len(found)} of {len(store)} studies, {len(problems)} problems")
+        expected = sorted(f"{store.location}#{name}" for name in store.ids)
+        return int(bool(bad or problems) or found != expected)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
