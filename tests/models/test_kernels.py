@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import pytest
 
+# the last one turns the kernels off
 CHECKS = ("training", "evaluation", "random", "bf16", "registered", "inference", "switch")
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed; it exists for Linux only"
@@ -23,13 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found():
-    return _run({"TRITON_INTERPRET": "1"}, *CHECKS[:-1])
-
-
-def _run(environment, *checks):
+    environment = {k: v for k, v in os.environ.items() if k != "MED3DVLM_TRITON"}
     done = subprocess.run(
-        [sys.executable, __file__, *checks],
-        env={**os.environ, **environment},
+        [sys.executable, __file__, *CHECKS],
+        env={**environment, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -65,9 +63,8 @@ def test_is_registered_so_that_torch_compile_can_trace_it(found):
     assert set(found["registered"].values()) == {"SUCCESS"}
 
 
-def test_one_variable_turns_it_off():
-    fused = _run({"TRITON_INTERPRET": "1", "MED3DVLM_TRITON": "0"}, "switch")["switch"]
-    assert fused is False
+def test_one_variable_turns_it_off(found):
+    assert found["switch"] == {"unset": True, "0": False}
 
 
 # --- what runs in the process of the interpreter ----------------------------------------------
@@ -116,7 +113,7 @@ def check_training():
     import torch
 
     # two tiles along two axes and two strips of channels: 33 of 32
-    return _errors(*_pair(33, 3, train=True), torch.randn(2, 33, 5, 1, 5) + 1)
+    return _errors(*_pair(33, 3, train=True), torch.randn(1, 33, 5, 2, 5) + 1)
 
 
 def check_evaluation():
@@ -190,11 +187,16 @@ def check_inference():
 
 
 def check_switch():
+    import importlib
+
     import torch
 
-    from med3dvlm.models.fused import runs_fused
+    from med3dvlm.models import fused
 
-    return runs_fused(torch.zeros(1))
+    x = torch.zeros(1)
+    found = {"unset": fused.runs_fused(x)}
+    os.environ["MED3DVLM_TRITON"] = "0"
+    return {**found, "0": importlib.reload(fused).runs_fused(x)}
 
 
 if __name__ == "__main__":
