@@ -92,6 +92,9 @@ def search(
     where: Annotated[
         list[str] | None, typer.Option(help="key=value that a study must have; repeatable.")
     ] = None,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Write a NIfTI map for each hit into this folder.")
+    ] = None,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -111,6 +114,8 @@ def search(
     opened = SearchIndex.open(index, model=dual)
     query = dual.embed_texts(text) if read is None else dual.embed_scans(read)
     hits = opened.search(query[0], top=top, where=_conditions(where))
+    if evidence is not None:
+        _explain_hits(dual, hits, query[0], evidence)
     if as_json:
         common.print_json(
             {
@@ -127,6 +132,21 @@ def search(
         if hit.report:
             typer.echo(f"            {_first_line(hit.report)}")
     common.print_notice(dual)
+
+
+def _explain_hits(dual: Any, hits: Any, query: Any, folder: Path) -> None:
+    """A map for each hit, by its rank: what of its scan is like the query."""
+    from med3dvlm.evidence import as_scan, explain, query_target
+    from med3dvlm.files import atomic_folder
+    from med3dvlm.scan import save_nifti
+
+    target = query_target(dual, query)
+    with atomic_folder(folder) as temporary:
+        for hit in hits:
+            scan = common.read_with_warnings(hit.path)
+            values = explain(dual, scan, target)
+            save_nifti(as_scan(scan, values), temporary / f"{hit.rank:02d}.nii.gz")
+    common.errors.print(f"evidence: {folder}", markup=False, highlight=False)
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:
