@@ -1,7 +1,7 @@
 """How sure an answer or a sentence is: from likelihoods to shares that are right (calibration).
 
 What the language model's own probabilities say of a written sentence is how sure it is of the
-words, not of the finding (decision 12). So for each finding that a sentence names, the model is
+words, not of the finding (docs/decisions/0018). So for each finding that a sentence names, the model is
 asked whether it is there, and a logistic regression, fitted on studies whose truth is known, makes
 a probability of what it answers.
 """
@@ -223,12 +223,12 @@ def finding_log_odds(model: Med3DVLM, visual: Tensor, findings: Sequence[str]) -
     odds: list[float] = []
     for first in range(0, len(findings), BATCH):
         asked = [f"Is there {name.lower()}?" for name in findings[first : first + BATCH]]
-        twice = [question for question in asked for _ in ANSWERS]
-        batch = model.processor.training_batch(twice, ANSWERS * len(asked)).to(model.device)
+        pairs = [[(question, answer)] for question in asked for answer in ANSWERS]
+        batch = model.processor.training_batch(pairs).to(model.device)
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            visual_tokens=visual.expand(len(twice), -1, -1),
+            visual_tokens=visual.expand(len(pairs), -1, -1),
         ).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         taken = logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))

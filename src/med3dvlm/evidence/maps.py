@@ -1,6 +1,6 @@
 """Maps of what an answer rests on, over the prepared volume and over the scan itself.
 
-All are of the form (D, H, W), at least 0, and 1 where most; decision 11 says how they compare.
+All are of the form (D, H, W), at least 0, and 1 where most; docs/decisions/0017 says how they compare.
 """
 
 from __future__ import annotations
@@ -170,14 +170,18 @@ class _Layer:
 def _layers(encoder: Any) -> list[_Layer]:
     """Those that are looked at, from fine to coarse: DCFormer's stages 1 to 3.
 
-    Stage 4 has two cells a side less and adds nothing. A stride of the stem is centred on the
-    voxel it begins with, a mean over it on its middle; two of the three stem convolutions take
-    such means. Each pooling is centred on every other cell.
+    A stride of the stem is centred on the voxel it begins with, a patch on its middle; of the three
+    antialiased convolutions two stand on the middle and one on the first voxel. Each pooling is
+    centred on every other cell.
     """
     config = encoder.config
     if isinstance(encoder, DCFormer):
         stride = config.stem_stride
-        first = (stride - 1) / 3 if config.stem_antialias else 0.0
+        first = 0.0
+        if config.stem_patches:
+            first = (stride - 1) / 2
+        elif config.stem_antialias:
+            first = (stride - 1) / 3
         return [
             _Layer(stage, (stride * 2**k,) * 3, (first,) * 3)
             for k, stage in enumerate(encoder.stages[:3], start=1)

@@ -30,7 +30,7 @@ def token_log_probs(
         (B, tokens of the text) natural logarithms, and where in the text each token stands.
     """
     processor = model.processor
-    batch = processor.training_batch([instruction], [text]).to(model.device)
+    batch = processor.training_batch([[(instruction, text)]]).to(model.device)
     spans = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [(int(start), int(end)) for start, end in spans["offset_mapping"]]
     model._check_length(batch["input_ids"].shape[1])
