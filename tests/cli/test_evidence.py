@@ -49,7 +49,7 @@ def test_a_report_has_a_map_for_each_sentence_on_the_scans_grid(run, files, tmp_
         found = read_scan(maps / entry["file"])
         assert found.array.shape == scan.array.shape
         assert found.affine == pytest.approx(scan.affine, abs=1e-4)
-        assert 0 <= found.array.min() and found.array.max() == 100
+        assert found.array.min() >= 0 and found.array.max() == 100
         place = np.linalg.solve(scan.affine, [*entry["peak_lps_mm"], 1])[:3]
         assert found.array[tuple(np.rint(place[::-1]).astype(int))] == 100
 

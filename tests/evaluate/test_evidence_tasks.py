@@ -9,6 +9,7 @@ from med3dvlm.data.phantoms import FINDINGS
 from med3dvlm.evaluate.tasks import cases_of_phantoms, evaluate_calibration, evaluate_evidence
 from med3dvlm.evaluate.tasks.calibration import same_answer, threshold_rows
 from med3dvlm.evaluate.tasks.evidence import centre_map, one_lesion
+from med3dvlm.hub import load
 from tests.models import tiny
 
 
@@ -31,17 +32,24 @@ def test_evidence_is_measured_beside_chance():
 
 
 def test_calibration_is_measured_before_and_after():
-    model = tiny.vlm()
-    fit, test = (cases_of_phantoms(3, model.preparation, split=s) for s in ("validation", "test"))
-    # a model of random weights writes no finding: a report is put in its mouth
-    report = fit.reports[0]
-    model.report = lambda seen, **options: [report] * len(seen) if len(seen) > 1 else report
-    found, run = evaluate_calibration(model, fit, test, weights="0" * 16, batch_size=3)
+    model = load("demo", part="language")
+    fit, test = (cases_of_phantoms(2, model.preparation, split=s) for s in ("validation", "test"))
+    found, run = evaluate_calibration(model, fit, test, weights="0" * 16)
     assert found.facts["sentences"] > 5 and found.vocabulary == "phantoms"
+    assert found.temperature > 0
     rows = {r["what"]: r for r in run.results.tables[0].rows}
     assert set(rows) == {"choices", "written answers", "sentences"}
-    assert rows["sentences"]["ECE after"] < rows["sentences"]["ECE before"]
+    assert rows["choices"]["samples"] == sum(
+        q["kind"] == "closed" for study in test.studies for q in study["questions"]
+    )
     assert {s["study"] for s in run.samples} == set(test.ids)
+
+
+def test_a_model_that_names_no_finding_cannot_be_calibrated():
+    model = tiny.vlm()
+    cases = cases_of_phantoms(1, model.preparation)
+    with pytest.raises(ValueError, match="no sentences that can be checked"):
+        evaluate_calibration(model, cases, cases, weights="")
 
 
 def test_lists_are_the_same_in_any_order():

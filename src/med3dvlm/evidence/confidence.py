@@ -1,7 +1,7 @@
 """How sure an answer or a sentence is: from likelihoods to shares that are right (calibration).
 
-What the language model's own probabilities say of a written sentence is how sure it is of the
-words, not of the finding (docs/decisions/0018). So for each finding that a sentence names, the model is
+What the language model itself makes of a written sentence is how sure it is of the
+words, not of the finding (docs/decisions/0018). So for each finding that it names, the model is
 asked whether it is there, and a logistic regression, fitted on studies whose truth is known, makes
 a probability of what it answers.
 """

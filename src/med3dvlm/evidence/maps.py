@@ -1,6 +1,6 @@
 """Maps of what an answer rests on, over the prepared volume and over the scan itself.
 
-All are of the form (D, H, W), at least 0, and 1 where most; docs/decisions/0017 says how they compare.
+All are (D, H, W), at least 0, and 1 where most; docs/decisions/0017 says how they compare.
 """
 
 from __future__ import annotations
