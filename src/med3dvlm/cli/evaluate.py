@@ -333,6 +333,7 @@ def calibration(
     from med3dvlm.evaluate.tasks import cases_of_phantoms, evaluate_calibration
     from med3dvlm.hub import checkpoint_folder, load_exact
 
+    weights = load_exact(model, part="language").fingerprint()
     vlm = common.load_language_model(model, device)
     if store is None:
         fit, test = (
@@ -343,7 +344,6 @@ def calibration(
         fit, test = (_cases(store, name, count, False, None) for name in (fit_split, split))
     for cases in (fit, test):
         _check(cases, vlm.preparation)
-    weights = load_exact(model, part="language").fingerprint()
     with common.progress_bar("evaluating") as progress:
         found, run = evaluate_calibration(
             vlm, fit, test, weights=weights, batch_size=batch_size, progress=progress

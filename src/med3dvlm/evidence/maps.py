@@ -42,7 +42,9 @@ def explain(
     """
     volume = model._to_device(model.processor.volumes(scan))
     values = evidence_map(model.vision_encoder, volume, target, method=method)
-    return to_scan_grid(values, scan, model.preparation)
+    on_scan = to_scan_grid(values, scan, model.preparation)
+    most = float(on_scan.max())  # its peak may have fallen between two voxels of the scan
+    return on_scan / most if most > 0 else on_scan
 
 
 def save_report_maps(
