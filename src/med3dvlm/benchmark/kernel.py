@@ -38,12 +38,12 @@ def benchmark_kernel(
 
     Raises:
         ValueError: the precision is unknown.
-        RuntimeError: there is no CUDA GPU, or no Triton.
+        OSError: there is no CUDA GPU, or no Triton.
     """
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r} is unknown: use {' or '.join(DTYPES)}.")
     if not torch.cuda.is_available() or not runs_fused(torch.empty(0, device="cuda")):
-        raise RuntimeError(
+        raise OSError(
             "benchmark kernel needs a CUDA GPU and Triton, which comes with PyTorch's CUDA "
             "builds; MED3DVLM_TRITON must not be 0."
         )

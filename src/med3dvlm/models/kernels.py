@@ -27,12 +27,12 @@ a CPU, slowly, which is how it is tested.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from med3dvlm.models.dcformer import DecomposedConv3d
@@ -64,7 +64,7 @@ def decomposed_conv(conv: DecomposedConv3d, x: Tensor) -> Tensor:
     bias = torch.stack([line.bias for line in lines]).float()
     gamma = torch.stack([norm.weight for norm in norms]).float()
     beta = torch.stack([norm.bias for norm in norms]).float()
-    eps = conv.norm_depth.eps
+    eps = float(conv.norm_depth.eps)
     if conv.norm_depth.training:
         if x.numel() == x.shape[-1]:
             raise ValueError(f"expected more than 1 value per channel in training: {x.shape}.")
@@ -81,7 +81,7 @@ def decomposed_conv(conv: DecomposedConv3d, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _count(norms: tuple[nn.BatchNorm3d, ...], mean: Tensor, var: Tensor, count: int) -> None:
+def _count(norms: tuple[Any, ...], mean: Tensor, var: Tensor, count: int) -> None:
     """Move the running statistics as batch norms do; they keep the unbiased variance."""
     for norm, mean_, var_ in zip(norms, mean, var * (count / (count - 1)), strict=True):
         norm.num_batches_tracked.add_(1)
