@@ -26,8 +26,8 @@ class ExportError(ValueError):
 def export_onnx(model: Any, folder: Path) -> dict[str, float]:
     """Write a model's graphs and its processor into an existing folder.
 
-    A dual encoder gives `image.onnx`, volumes (B, 1, D, H, W) -> `embedding` (B, dim), and
-    `text.onnx`, `input_ids` and `attention_mask` (B, N) -> `embedding` (B, dim), rows of length 1.
+    A dual encoder gives `image.onnx`, volumes (B, 1, D, H, W) -> `image_embeds` (B, dim), and
+    `text.onnx`, `input_ids` and `attention_mask` (B, N) -> `text_embeds` (B, dim), rows of length 1.
     A language model gives `encoder.onnx`, volumes -> the streams `low` and `high`, and
     `visual_tokens`, what its language model takes. The batch, and N, may be any; D, H and W are
     those of the preparation.
@@ -49,11 +49,11 @@ def export_onnx(model: Any, folder: Path) -> dict[str, float]:
     volumes = [torch.rand(n, 1, *size) for n in (2, *BATCHES)]
     if isinstance(model, VolumeTextDualEncoder):
         graphs = {
-            "image": (_Images(model), ["volumes"], ["embedding"], [(v,) for v in volumes]),
+            "image": (_Images(model), ["volumes"], ["image_embeds"], [(v,) for v in volumes]),
             "text": (
                 _Texts(model),
                 ["input_ids", "attention_mask"],
-                ["embedding"],
+                ["text_embeds"],
                 [_tokens(model, n) for n in (2, *BATCHES)],
             ),
         }
