@@ -259,10 +259,10 @@ def test_time_limit_ends_a_run(tmp_path, store):
     assert (tmp_path / "contrastive" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["contrastive", "alignment", "instruction"])
+@pytest.mark.parametrize("name", ["contrastive", "search", "alignment", "instruction", "questions"])
 def test_the_committed_recipes_can_be_read(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    assert recipe.stage == name
+    assert recipe.stage == {"search": "contrastive", "questions": "instruction"}.get(name, name)
     if recipe.preparation:
         assert Preparation.from_dict(recipe.preparation) == PRESETS["demo"]
 
