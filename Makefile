@@ -39,6 +39,7 @@ demo-model: $(STAMP)
 	$(BIN)/med3dvlm train alignment recipes/demo/alignment.yaml
 	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
 	$(BIN)/python recipes/demo/bundle.py
+	$(BIN)/med3dvlm evaluate calibration --model demo --save
 
 clean:
 	rm -rf $(VENV) runs med3dvlm-demo

@@ -10,6 +10,7 @@ permitted. Exit status 1 if a weight differs.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -79,7 +80,8 @@ def main() -> None:
         for stage, recipe in recipes.items():
             command(stage, recipe, Path(folder, stage)).wait()
             output = Path(folder, f"{stage}-killed")
-            kill_often(stage, recipe, output, options.kills, random.Random(options.seed))
+            within = TRAINING["max_steps"] / (2 * options.kills) * step_seconds(Path(folder, stage))
+            kill_often(stage, recipe, output, options.kills, random.Random(options.seed), within)
             differing += report(stage, Path(folder, stage), output)
         fill_disk(Path(folder), recipes["contrastive"])
     raise SystemExit(int(differing > 0))
@@ -109,8 +111,19 @@ def command(stage: str, recipe: Path, output: Path) -> subprocess.Popen:
     )
 
 
-def kill_often(stage: str, recipe: Path, output: Path, kills: int, moments: random.Random) -> None:
-    """Each run is killed within half a second of its first new checkpoint."""
+def step_seconds(output: Path) -> float:
+    """Of a run left alone, a step with the save after it."""
+    metrics = json.loads((output / "training.json").read_text("utf-8"))["metrics"]
+    return metrics["train_runtime"] / TRAINING["max_steps"]
+
+
+def kill_often(
+    stage: str, recipe: Path, output: Path, kills: int, moments: random.Random, within: float
+) -> None:
+    """Each run is killed at most `within` seconds after its first new checkpoint.
+
+    A few steps: after half a second, say, the kills of a fast run would use up its steps.
+    """
     checkpoints = output / "checkpoints"
     half = 0
     for _ in range(kills):
@@ -118,7 +131,7 @@ def kill_often(stage: str, recipe: Path, output: Path, kills: int, moments: rand
         run = command(stage, recipe, output)
         while run.poll() is None and sorted(checkpoints.glob("checkpoint-*")) == begun:
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(moments.uniform(0, within))
         if run.poll() is not None:
             raise SystemExit(f"{stage}: the run ended before it was killed {kills} times.")
         run.send_signal(signal.SIGKILL)

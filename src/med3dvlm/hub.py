@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,12 +68,13 @@ def load_exact(
     name_or_folder: str | Path, *, part: str | None = None
 ) -> Med3DVLM | VolumeTextDualEncoder:
     """Like :func:`load`, but on the CPU and in the very precision of the file."""
-    folder = _choose_part(resolve(name_or_folder), part)
+    folder = checkpoint_folder(name_or_folder, part)
     from med3dvlm.models.published import is_published, load_published, read_config
 
     config = read_config(folder)
     model = load_published(folder) if is_published(config) else _load_own(folder, config)
     model.label = str(name_or_folder)
+    model.calibration = _calibration(folder, model)
     return model
 
 
@@ -115,8 +117,12 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _choose_part(folder: Path, part: str | None) -> Path:
-    """A folder may hold a language model and a dual encoder side by side, as the demo does."""
+def checkpoint_folder(name_or_folder: str | Path, part: str | None = None) -> Path:
+    """Where the weights of a name are.
+
+    A folder may hold a language model and a dual encoder side by side, as the demo does.
+    """
+    folder = resolve(name_or_folder)
     if part is not None and part not in PARTS:
         raise ValueError(f"part {part!r} is unknown: use {' or '.join(PARTS)}.")
     if (folder / "config.json").is_file():
@@ -152,6 +158,26 @@ def _load_own(folder: Path, config: dict[str, Any]) -> Med3DVLM | VolumeTextDual
         raise CheckpointError(f"{folder}: {error}") from error
     model.processor = Med3DVLMProcessor.from_folder(folder)
     return model
+
+
+def _calibration(folder: Path, model: Any) -> Any:
+    """That beside the weights; one for other weights is left out, with a warning."""
+    if not (folder / "calibration.json").is_file():
+        return None
+    from med3dvlm.evidence import Calibration
+
+    try:
+        found = Calibration.load(folder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if found is not None and found.weights != model.fingerprint():
+        warnings.warn(
+            f"{folder / 'calibration.json'} was made for other weights and is left out: make it "
+            "again with 'med3dvlm evaluate calibration --save'",
+            stacklevel=3,
+        )
+        return None
+    return found
 
 
 def _place(model: Any, device: str | torch.device) -> Any:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import font_manager
@@ -19,6 +19,7 @@ from matplotlib.patheffects import withStroke
 
 from med3dvlm.files import atomic_file
 from med3dvlm.scan import Scan
+from med3dvlm.sentences import HEADING
 
 NOTICE = "DRAFT — research use only, not for clinical use"
 SOFT_TISSUE = (-160.0, 240.0)  # level 40, width 400 HU
@@ -32,11 +33,9 @@ IMAGES_TOP, IMAGES_RIGHT, CAPTION, GAP = 96, 936, 24, 18
 TEXT_LEFT, TEXT_TOP = 984, 84
 TYPE_SIZES = (12.5, 11.0, 9.5)  # points; a report too long for the smallest makes the page higher
 LEADING = 1.42
+HEAT = 0.6  # how much of a slice the strongest evidence covers
 
 BACKGROUND, INK, DIM, ACCENT, AMBER = "#0b0e11", "#e6e9ec", "#8b949e", "#58a6ff", "#e3b341"
-SECTIONS = "Indication|Technique|Comparison|Findings|Impression|Conclusion"
-# at the start, after a line break or after a sentence: "no acute findings: ..." is no heading
-HEADING = re.compile(rf"(?:^|\n|(?<=[.!?;]\s))\s*({SECTIONS}|{SECTIONS.upper()}):\s*")
 SET_APART = ("IMPRESSION", "CONCLUSION")
 
 
@@ -47,6 +46,7 @@ class View:
     Attributes:
         mm: (rows, columns) distance of pixel centres; letters: of the left, right, top and bottom
             edge, empty where the scan's orientation is not known.
+        heat: what is laid over the pixels, 0 to 1.
     """
 
     name: str
@@ -56,6 +56,7 @@ class View:
     window: tuple[float, float]
     index: int
     count: int
+    heat: np.ndarray | None = None
 
     @property
     def size_mm(self) -> tuple[float, float]:
@@ -85,6 +86,7 @@ def draw_report(
     window: tuple[float, float] | None = None,
     point: tuple[int, int, int] | None = None,
     questions: Sequence[tuple[str, str]] = (),
+    evidence: np.ndarray | None = None,
 ) -> None:
     """Write a PNG of a scan with a text beside it, atomically.
 
@@ -99,11 +101,19 @@ def draw_report(
         window: lowest and highest value shown; a soft-tissue window for HU, else percentiles.
         point: (z, y, x) voxel the planes go through.
         questions: (question, answer) pairs, under the report.
+        evidence: a map (D, H, W) on the scan's voxels, 0 to 1, laid over the slices; the planes
+            then go through its highest voxel, where no point is given.
 
     Raises:
-        ValueError: for a window that is not low before high, or a point outside the volume.
+        ValueError: for a window that is not low before high, a point outside the volume, or a map
+            of another shape.
     """
-    views = _views(scan, window=window, point=point)
+    if evidence is not None and evidence.shape != scan.array.shape:
+        raise ValueError(f"the map has {evidence.shape} voxels, the scan {scan.array.shape}.")
+    if evidence is not None and point is None:
+        z, y, x = np.unravel_index(int(evidence.argmax()), evidence.shape)
+        point = int(z), int(y), int(x)
+    views = _views(scan, window=window, point=point, evidence=evidence)
     paragraphs = [*_sections(text), *_asked(questions), *_notes(scan)]
     size, lines = _fit(paragraphs)
     foot = [line for part in footer.split("\n") for line in _wrap(part, 8.5, WIDTH - 2 * MARGIN)]
@@ -178,6 +188,7 @@ def _views(
     *,
     window: tuple[float, float] | None = None,
     point: tuple[int, int, int] | None = None,
+    evidence: np.ndarray | None = None,
 ) -> list[View]:
     """Axial, a lung-window axial where there is lung, coronal and sagittal."""
     array, (sz, sy, sx) = scan.array, scan.spacing_mm
@@ -195,7 +206,7 @@ def _views(
 
     def view(
         name: str,
-        pixels: np.ndarray,
+        cut: tuple[Any, ...],
         mm: tuple[float, float],
         letters: tuple[str, str, str, str],
         values: tuple[float, float],
@@ -203,14 +214,15 @@ def _views(
     ) -> View:
         if not known:
             name, letters = f"{name}? (orientation unknown)", ("", "", "", "")
-        return View(name, pixels, mm, letters, values, place[0] + 1, place[1])
+        heat = None if evidence is None else evidence[cut]
+        return View(name, array[cut], mm, letters, values, place[0] + 1, place[1], heat)
 
-    views = [view("Axial", array[z], (sy, sx), across, shown, (z, depth))]
+    views = [view("Axial", (z,), (sy, sx), across, shown, (z, depth))]
     lung = _lung_slice(array) if scan.units == "HU" else None
     if lung is not None:
-        views.append(view("Axial, lung", array[lung], (sy, sx), across, LUNG, (lung, depth)))
-    views.append(view("Coronal", array[up, y], (sz, sx), along, shown, (y, height)))
-    views.append(view("Sagittal", array[up, :, x], (sz, sy), side, shown, (x, width)))
+        views.append(view("Axial, lung", (lung,), (sy, sx), across, LUNG, (lung, depth)))
+    views.append(view("Coronal", (up, y), (sz, sx), along, shown, (y, height)))
+    views.append(view("Sagittal", (up, slice(None), x), (sz, sy), side, shown, (x, width)))
     return views
 
 
@@ -308,6 +320,17 @@ def _draw_view(page: Page, view: View, left: float, top: float, scale: float) ->
         interpolation="bicubic" if min(view.mm) * scale > 1 else "hanning",
         aspect="auto",  # the box has the aspect ratio already
     )
+    if view.heat is not None:
+        axes.imshow(
+            view.heat,
+            cmap="inferno",
+            vmin=0,
+            vmax=1,
+            alpha=HEAT * np.clip(view.heat, 0, 1),
+            extent=(0, width, height, 0),
+            interpolation="bilinear",
+            aspect="auto",
+        )
     axes.set_axis_off()
     low, high = view.window
     caption = f"{view.name}  {view.index}/{view.count}"

@@ -298,6 +298,9 @@ def search(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the same as a page.")] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open that page in the browser.")] = False,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Write a NIfTI map for each hit into this folder.")
+    ] = None,
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
@@ -321,6 +324,8 @@ def search(
     hits = opened.search(text, vector=vector, top=top, page=page, where=where or (), plain=plain)
     understood = None if text is None or plain else _understood(text)
     _show(hits, [*filter(None, (text, scan)), *(where or ())], dual, picture, html, open_it)
+    if evidence is not None:
+        _explain_hits(dual, hits, text if vector is None else vector, evidence)
     if as_json:
         common.print_json(
             {
@@ -385,6 +390,21 @@ def _understood(text: str) -> dict[str, Any]:
         "without": list(words.unwanted),
         "left out if a report asserts": list(words.excluded),
     }
+
+
+def _explain_hits(dual: Any, hits: Any, query: Any, folder: Path) -> None:
+    """A map for each hit, by its rank: what of its scan is like the query."""
+    from med3dvlm.evidence import as_scan, explain, query_target
+    from med3dvlm.files import atomic_folder
+    from med3dvlm.scan import save_nifti
+
+    target = query_target(dual, query)
+    with atomic_folder(folder) as temporary:
+        for hit in hits:
+            scan = common.read_with_warnings(hit.path)
+            values = explain(dual, scan, target)
+            save_nifti(as_scan(scan, values), temporary / f"{hit.rank:02d}.nii.gz")
+    common.errors.print(f"evidence: {folder}", markup=False, highlight=False)
 
 
 def _hit(hit: Any) -> dict[str, Any]:

@@ -121,6 +121,27 @@ def end_to_end(
     _show(results, as_json)
 
 
+@app.command("kernel")
+def kernel(
+    variant: Annotated[str, typer.Option(help="Whose stages: nano, …, small, base, large.")] = (
+        "small"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Volumes of 128×256×256 at once.")] = 8,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    runs: RunsOption = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """The fused depthwise convolution, against eager and torch.compile: needs a CUDA GPU.
+
+    Example: `med3dvlm benchmark kernel --precision fp32`
+    """
+    from med3dvlm.benchmark.kernel import benchmark_kernel
+
+    with common.errors.status("measuring"):
+        results = benchmark_kernel(variant=variant, batch=batch, precision=precision, runs=runs)
+    _show(results, as_json)
+
+
 @app.command("loss")
 def loss(
     batch: Annotated[int, typer.Option(min=8, help="Pairs.")] = 4096,

@@ -264,6 +264,106 @@ def twins(
     _finish(run, output, as_json)
 
 
+@app.command("evidence")
+def evidence(
+    model: ModelOption = "demo",
+    search_model: Annotated[
+        str | None, typer.Option(help="A dual encoder; that of --model by default.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Held-out studies.")] = 200,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method of maps; repeatable. All quick ones by default."),
+    ] = None,
+    slow: Annotated[
+        int, typer.Option(min=0, help="Studies for integrated gradients and occlusion, too.")
+    ] = 0,
+    curves: Annotated[
+        int, typer.Option(min=0, help="Studies with deletion and insertion curves.")
+    ] = 20,
+    output: OutputOption = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Do maps of evidence point at the lesion? On held-out phantoms with one lesion each.
+
+    Example: `med3dvlm evaluate evidence -n 200 --slow 20`
+    """
+    from med3dvlm.evaluate.tasks import evaluate_evidence
+    from med3dvlm.evidence import METHODS
+
+    for name in method or ():
+        if name not in METHODS:
+            raise typer.BadParameter(f"--method {name!r} is unknown: use {', '.join(METHODS)}.")
+    chosen = {} if method is None else {"methods": method}
+    vlm = common.load_language_model(model, device)
+    dual = common.load_dual_encoder(search_model or model, device)
+    with common.progress_bar("evaluating") as progress:
+        run = evaluate_evidence(
+            vlm,
+            dual,
+            count=count,
+            slow=slow,
+            curve_studies=curves,
+            seed=seed,
+            progress=progress,
+            **chosen,
+        )
+    _finish(run, output, as_json)
+
+
+@app.command("calibration")
+def calibration(
+    store: Annotated[
+        str | None, typer.Argument(help="A prepared store; generated phantoms without.")
+    ] = None,
+    model: ModelOption = "demo",
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, help="Studies to fit on, and to measure on.")
+    ] = 200,
+    fit_split: Annotated[str, typer.Option(help="Which split is fitted on.")] = "validation",
+    split: SplitOption = "test",
+    save: Annotated[
+        bool, typer.Option("--save", help="Write calibration.json beside the model's weights.")
+    ] = False,
+    output: OutputOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit confidences on one split and measure them on another, before and after.
+
+    Example: `med3dvlm evaluate calibration --model demo -n 200 --save`
+    """
+    if fit_split == split:
+        raise typer.BadParameter(f"--fit-split and --split are both {split}: fit on another.")
+    from med3dvlm.evaluate.tasks import cases_of_phantoms, evaluate_calibration
+    from med3dvlm.hub import checkpoint_folder, load_exact
+
+    weights = load_exact(model, part="language").fingerprint()
+    vlm = common.load_language_model(model, device)
+    if store is None:
+        fit, test = (
+            cases_of_phantoms(count, vlm.preparation, seed=seed, split=name)
+            for name in (fit_split, split)
+        )
+    else:
+        fit, test = (_cases(store, name, count, False, None) for name in (fit_split, split))
+    for cases in (fit, test):
+        _check(cases, vlm.preparation)
+    with common.progress_bar("evaluating") as progress:
+        found, run = evaluate_calibration(
+            vlm, fit, test, weights=weights, batch_size=batch_size, progress=progress
+        )
+    if save:
+        folder = checkpoint_folder(model, "language")
+        found.save(folder)
+        common.errors.print(f"saved: {folder / 'calibration.json'}", markup=False, highlight=False)
+    _finish(run, output, as_json)
+
+
 @app.command("compare")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="The --output of a run.")],

@@ -30,6 +30,20 @@ SampleOption = Annotated[
 ]
 TemperatureOption = Annotated[float, typer.Option(min=0.01, help="With --sample.")]
 TopPOption = Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help='Say "cannot tell" where the calibrated confidence is lower: 0.7.'
+    ),
+]
+MethodOption = Annotated[
+    str,
+    typer.Option(
+        "--evidence-method", help="layercam, grad-cam, integrated-gradients or occlusion (slow)."
+    ),
+]
+CANNOT_TELL = "cannot tell"
+METHODS = ("layercam", "grad-cam", "integrated-gradients", "occlusion")
 
 
 def report(
@@ -41,6 +55,15 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the report's text here.")
     ] = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what the sentences rest on: a folder gets a NIfTI map for each, a name "
+            "that ends in .nii or .nii.gz one map of the whole report."
+        ),
+    ] = None,
+    evidence_method: MethodOption = "layercam",
+    threshold: ThresholdOption = None,
     prompt: Annotated[str | None, typer.Option(help="Another instruction to the model.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest report, tokens.")] = 256,
     sample: SampleOption = False,
@@ -55,29 +78,46 @@ def report(
 ) -> None:
     """Draft a report about a scan.
 
-    Example: `med3dvlm report chest/ --picture chest.png`
+    Example: `med3dvlm report chest/ --picture chest.png --evidence chest-evidence/`
     """
+    _check_method(evidence_method)
     read = common.read_with_warnings(scan, series=series, frame=frame)
     vlm = common.load_language_model(model, device, precision)
     options = common.generation_options(
         sample=sample, temperature=temperature, top_p=top_p, seed=seed
     )
-    text = vlm.report(
-        read,
+    _check_calibration(vlm, threshold)
+    seen = vlm.see(read)
+    drafted = vlm.report(
+        seen,
         prompt=prompt,
         max_new_tokens=max_tokens,
-        streamer=None if as_json else _streamer(vlm),
+        streamer=None if as_json or threshold is not None else _streamer(vlm),
         **options,
     )
+    rated = _rate(vlm, seen, drafted)
+    text = str(drafted)
+    if threshold is not None:
+        from med3dvlm.evidence import with_withheld
+
+        text = with_withheld(text, rated, threshold)
+        if not as_json:
+            typer.echo(text)
+    overlay = None
+    if evidence is not None:
+        overlay = _report_maps(vlm, read, drafted, prompt, evidence_method, evidence)
     if output is not None:
         from med3dvlm.files import atomic_file
 
         with atomic_file(output) as temporary:
             temporary.write_text(text + "\n", "utf-8")
     if picture is not None:
-        draw(read, text, picture, vlm)
+        draw(read, text, picture, vlm, evidence=overlay)
     if as_json:
-        common.print_json(_result(vlm, read, report=text, confidence=text.confidence))
+        sentences = [_sentence(one, threshold) for one in rated]
+        common.print_json(
+            _result(vlm, read, report=text, confidence=drafted.confidence, sentences=sentences)
+        )
     else:
         common.print_notice(vlm)
 
@@ -95,6 +135,11 @@ def ask(
         typer.Option("--choices", "-c", help="One possible answer; give the option for each."),
     ] = None,
     model: ModelOption = "demo",
+    evidence: Annotated[
+        Path | None, typer.Option(help="Write a NIfTI map of what the answer rests on.")
+    ] = None,
+    evidence_method: MethodOption = "layercam",
+    threshold: ThresholdOption = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
     sample: SampleOption = False,
     temperature: TemperatureOption = 0.7,
@@ -114,12 +159,18 @@ def ask(
         raise typer.BadParameter("the question is empty: write one.")
     if choices is not None and len(choices) < 2:
         raise typer.BadParameter("one choice is no choice: give --choices at least twice.")
+    _check_method(evidence_method)
+    if evidence is not None and not _is_nifti(evidence):
+        raise typer.BadParameter(f"--evidence {evidence}: one map is written as .nii or .nii.gz.")
+    if evidence is not None and len(questions) > 1:
+        raise typer.BadParameter("--evidence is of one answer: ask one question at a time.")
     read = common.read_with_warnings(scan, series=series, frame=frame)
     vlm = common.load_language_model(model, device, precision)
+    _check_calibration(vlm, threshold)
     options = common.generation_options(
         sample=sample, temperature=temperature, top_p=top_p, seed=seed
     )
-    streamed = not as_json and not choices and len(questions) == 1
+    streamed = not as_json and not choices and threshold is None and len(questions) == 1
     answers = vlm.ask(
         read,
         questions,
@@ -128,28 +179,53 @@ def ask(
         streamer=_streamer(vlm) if streamed else None,
         **options,
     )
+    if evidence is not None:
+        from med3dvlm.evidence import answer_target
+
+        target = answer_target(vlm, questions[0], answers[0], choices)
+        _save_map(vlm, read, target, evidence_method, evidence)
+    given = [
+        _answer(vlm, question, answer, threshold)
+        for question, answer in zip(questions, answers, strict=True)
+    ]
     if as_json:
-        given = [_answer(*pair) for pair in zip(questions, answers, strict=True)]
         common.print_json(_result(vlm, read, **given[0] if len(given) == 1 else {"answers": given}))
         return
-    for question, answer in zip(questions, answers, strict=True):
+    for one in given if not streamed else ():
         if len(questions) > 1:
-            typer.echo(question)
-        if not streamed and not choices:
-            typer.echo(answer)
-        for choice, share in answer.choices:
-            mark = "→" if share == answer.confidence else " "
-            typer.echo(f"{mark} {share:6.1%}  {choice}")
+            typer.echo(one["question"])
+        _print_answer(one, threshold)
     common.print_notice(vlm)
 
 
-def _answer(question: str, answer: Any) -> dict[str, Any]:
+def _answer(vlm: Any, question: str, answer: Any, threshold: float | None) -> dict[str, Any]:
+    """What is said of an answer; one that is less sure than `threshold` is withheld."""
+    confidence, shares = _confidence(vlm, answer)
+    withheld = threshold is not None and confidence < threshold
+    scored = zip(answer.choices, shares, strict=True)
     return {
         "question": question,
-        "answer": answer,
-        "confidence": answer.confidence,
-        "choices": [{"choice": c, "confidence": p} for c, p in answer.choices],
+        "answer": CANNOT_TELL if withheld else answer,
+        "confidence": confidence,
+        "calibrated": vlm.calibration is not None,
+        "choices": [{"choice": choice, "confidence": p} for (choice, _), p in scored],
+        **({"withheld": answer} if withheld else {}),
     }
+
+
+def _print_answer(one: dict[str, Any], threshold: float | None) -> None:
+    confidence, choices = one["confidence"], one["choices"]
+    if "withheld" in one:
+        typer.echo(f"{CANNOT_TELL} (confidence {confidence:.0%}, below {threshold:.0%})")
+    elif choices:
+        most = max(choice["confidence"] for choice in choices)
+        for choice in choices:
+            mark = "→" if choice["confidence"] == most else " "
+            typer.echo(f"{mark} {choice['confidence']:6.1%}  {choice['choice']}")
+    elif threshold is not None:
+        typer.echo(f"{one['answer']} (confidence {confidence:.0%})")
+    else:
+        typer.echo(one["answer"])
 
 
 def _streamer(vlm: Any) -> Any:
@@ -158,13 +234,86 @@ def _streamer(vlm: Any) -> Any:
     return TextStreamer(vlm.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def draw(scan: Any, text: str, path: Path, vlm: Any) -> None:
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise typer.BadParameter(
+            f"--evidence-method {method!r} is unknown: use {', '.join(METHODS)}."
+        )
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def _check_calibration(vlm: Any, threshold: float | None) -> None:
+    """A threshold needs a confidence that means something: refused before anything is written."""
+    if threshold is not None:
+        from med3dvlm.evidence import calibration_of
+
+        calibration_of(vlm)
+
+
+def _confidence(vlm: Any, answer: Any) -> tuple[float, list[float]]:
+    """Of an answer and of each of its choices: calibrated where the model is."""
+    if vlm.calibration is None:
+        return answer.confidence, [share for _, share in answer.choices]
+    from med3dvlm.evidence import answer_confidence, choice_shares
+
+    shares = choice_shares(vlm.calibration, answer) if answer.choices else []
+    return answer_confidence(vlm.calibration, answer), shares
+
+
+def _rate(vlm: Any, seen: Any, text: str) -> list[Any]:
+    """The report's sentences with their confidence; none for a model that is not calibrated."""
+    if vlm.calibration is None:
+        return []
+    from med3dvlm.evidence import rate_report
+
+    return rate_report(vlm, seen, text)
+
+
+def _sentence(rated: Any, threshold: float | None) -> dict[str, Any]:
+    return {
+        "text": rated.sentence.text,
+        "section": rated.sentence.section,
+        "confidence": rated.confidence,
+        "withheld": rated.withheld(threshold),
+    }
+
+
+def _report_maps(
+    vlm: Any, scan: Any, text: str, prompt: str | None, method: str, path: Path
+) -> Any:
+    """Write the map of a report, or of each sentence; the former is what a picture shows."""
+    from med3dvlm.evidence import explain, save_report_maps, text_target
+
+    target = text_target(vlm, prompt or vlm.config.report_prompt, text)
+    if _is_nifti(path):
+        return _save_map(vlm, scan, target, method, path)
+    with common.progress_bar("explaining") as progress:
+        save_report_maps(vlm, scan, text, path, prompt=prompt, method=method, progress=progress)
+    common.errors.print(f"evidence: {path}", markup=False, highlight=False)
+    return explain(vlm, scan, target, method=method)
+
+
+def _save_map(vlm: Any, scan: Any, target: Any, method: str, path: Path) -> Any:
+    from med3dvlm.evidence import as_scan, explain
+    from med3dvlm.scan import save_nifti
+
+    values = explain(vlm, scan, target, method=method)
+    save_nifti(as_scan(scan, values), path)
+    common.errors.print(f"evidence: {path}", markup=False, highlight=False)
+    return values
+
+
+def draw(scan: Any, text: str, path: Path, vlm: Any, *, evidence: Any = None) -> None:
     from med3dvlm.picture import draw_report
 
     draw_report(
         scan,
         text,
         path,
+        evidence=evidence,
         title=Path(scan.source).name or scan.source,
         footer=f"Model {vlm.label} · weights {vlm.fingerprint()} · "
         f"preparation {vlm.preparation.fingerprint()}\n{common.notice(vlm)}",

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Arm = dict[str, Any]
 COLOURS = ("#1f6feb", "#d9730d", "#2da44e", "#8250df")
-MARKERS = ("o", "s", "^", "D")
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,18 @@ class Outcome:
             temporary.write_bytes(png(self.plot(), dpi=130))
 
     def plot(self) -> Figure:
-        """A panel for each question: a row an arm, a point a seed, a line at the mean."""
+        """A panel for each question: a row a score, a colour an arm, a point a seed, a line at
+        the mean; dotted where chance is."""
         from matplotlib.figure import Figure
 
-        heights = [len(arms) * (0.5 + 0.14 * _count(arms)) + 1.1 for arms in self.arms.values()]
-        figure = Figure(figsize=(8.5, sum(heights)), layout="constrained")
-        panels = figure.subplots(len(self.arms), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for axes, (key, arms) in zip(panels, self.arms.items(), strict=True):
+        columns = 2 if len(self.arms) > 1 else 1
+        rows = [list(self.arms)[k : k + columns] for k in range(0, len(self.arms), columns)]
+        heights = [max(_height(self.arms[key]) for key in row) for row in rows]
+        figure = Figure(figsize=(5.6 * columns, sum(heights)), layout="constrained")
+        panels = figure.subplots(len(rows), columns, height_ratios=heights, squeeze=False)
+        for axes in panels.flat[len(self.arms) :]:
+            axes.remove()
+        for axes, (key, arms) in zip(panels.flat, self.arms.items(), strict=False):
             _panel(axes, self.titles[key], arms)
         return figure
 
@@ -231,7 +235,8 @@ def _row(name: str, arm: Arm) -> Row:
         row[f"{score}{chance}"] = f"{100 * of['mean']:.1f}%{spread}"
     cost = arm["cost"]
     row["studies seen"] = f"{cost['studies_seen']:,}"
-    row["minutes"] = None if cost["seconds"] is None else f"{cost['seconds'] / 60:.1f}"
+    for name, key in (("minutes", "seconds"), ("CPU minutes", "cpu_seconds")):
+        row[name] = None if cost[key] is None else f"{cost[key] / 60:.1f}"
     row["TFLOP"] = f"{cost['flop'] / 1e12:.2f}"
     row["parameters"] = f"{cost['parameters']:,}"
     row["trained last"] = f"{cost['parameters_trained']:,}"
@@ -247,42 +252,46 @@ def _less(name: str, arm: Arm) -> Row:
     return row
 
 
-def _count(arms: dict[str, Arm]) -> int:
-    return len(next(iter(arms.values()))["scores"])
+def _height(arms: dict[str, Arm]) -> float:
+    """Inches of a panel."""
+    scores = next(iter(arms.values()))["scores"]
+    return 1.2 + len(scores) * (0.16 + 0.13 * len(arms))
 
 
 def _panel(axes: Any, title: str, arms: dict[str, Arm]) -> None:
     names = list(next(iter(arms.values()))["scores"])
-    step = 0.75 / len(names)
-    for k, name in enumerate(names):
-        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
-        offset = (k - (len(names) - 1) / 2) * step
-        for place, arm in enumerate(arms.values()):
-            of = arm["scores"][name]
+    step = 0.8 / len(arms)
+    for k, (arm, of_arm) in enumerate(arms.items()):
+        style = {"color": COLOURS[k % len(COLOURS)]}
+        for place, name in enumerate(names):
+            of = of_arm["scores"][name]
             values = list(of["seeds"].values())
-            height = place + offset
-            label = name if not place else None
-            axes.plot(
-                values, [height] * len(values), marker, color=colour, alpha=0.6, ms=5, label=label
-            )
-            reach = step * 0.42
-            axes.plot([of["mean"]] * 2, [height - reach, height + reach], color=colour, lw=2)
-            if of["chance"] is not None:
-                ends = [height - step / 2, height + step / 2]
-                axes.plot([of["chance"]] * 2, ends, ":", color=colour, lw=1.2)
-    for edge in range(1, len(arms)):
-        axes.axhline(edge - 0.5, color="#d0d7de", lw=0.6)
-    axes.set_yticks(range(len(arms)), list(arms), fontsize=9)
-    axes.set_ylim(len(arms) - 0.5, -0.5)
-    values = [
-        v
-        for arm in arms.values()
-        for of in arm["scores"].values()
-        for v in (*of["seeds"].values(), of["chance"])
-        if v is not None and math.isfinite(v)
-    ]
-    axes.set_xlim(0, min(1.02, 1.08 * max(values)))
+            at = place + (k - (len(arms) - 1) / 2) * step
+            label = arm if not place else None
+            axes.plot(values, [at] * len(values), "o", alpha=0.5, ms=4.5, label=label, **style)
+            reach = [at - 0.45 * step, at + 0.45 * step]
+            axes.plot([of["mean"]] * 2, reach, lw=2.2, **style)
+    first = next(iter(arms.values()))["scores"]
+    for place, name in enumerate(names):
+        if first[name]["chance"] is not None:
+            axes.plot([first[name]["chance"]] * 2, [place - 0.45, place + 0.45], "k:", lw=1.2)
+        if place:
+            axes.axhline(place - 0.5, color="#d0d7de", lw=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(*_limits(arms))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
     axes.set_title(title, fontsize=10, loc="left")
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.tick_params(labelsize=8.5)
+    axes.legend(
+        fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False, borderpad=0
+    )
+
+
+def _limits(arms: dict[str, Arm]) -> tuple[float, float]:
+    """From nought, or from a little below where all are high."""
+    scores = [of for arm in arms.values() for of in arm["scores"].values()]
+    values = [v for of in scores for v in (*of["seeds"].values(), of["chance"]) if v is not None]
+    values = [value for value in values if math.isfinite(value)]
+    low, high = min(values), max(values)
+    return (low - 0.05 if low > 0.35 else -0.01), min(1.02, high + 0.03)

@@ -26,6 +26,7 @@ class HasProcessor:
     """Mixed into the models, so that one can be handed scans and texts as they are."""
 
     _processor = None
+    calibration: Any = None  # a med3dvlm.evidence.Calibration, where the checkpoint has one
 
     @property
     def processor(self) -> Med3DVLMProcessor:

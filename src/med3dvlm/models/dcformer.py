@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from med3dvlm.models.fused import kernels, runs_fused
 from med3dvlm.models.inference import Inference
 
 # Blocks and channels of stages 0-4; the stem is the one "block" of stage 0.
@@ -173,8 +174,20 @@ class DecomposedConv3d(nn.Module):
             )
             self.add_module(f"along_{name}", conv)
             self.add_module(f"norm_{name}", nn.BatchNorm3d(out_channels))
+        self.depthwise = stride == 1 and groups == in_channels == out_channels > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.depthwise and self._norms_alike() and runs_fused(x):
+            return kernels.decomposed_conv(self, x)
+        return self.plain(x)
+
+    def _norms_alike(self) -> bool:
+        """Whether the three are batch norms in one mode: not replaced, none frozen on its own."""
+        norms = self.norm_depth, self.norm_height, self.norm_width
+        return all(type(n) is nn.BatchNorm3d and n.training == norms[0].training for n in norms)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The three convolutions one by one: what the fused kernel is held against."""
         return (
             self.norm_depth(self._along(x, 0))
             + self.norm_height(self._along(x, 1))
@@ -183,8 +196,7 @@ class DecomposedConv3d(nn.Module):
 
     def _along(self, x: Tensor, axis: int) -> Tensor:
         conv = getattr(self, f"along_{AXES[axis]}")
-        depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
-        if depthwise and self.stride == 1 and x.shape[2 + axis] <= LONGEST_BAND:
+        if self.depthwise and x.shape[2 + axis] <= LONGEST_BAND:
             return convolve_as_matrix(x, conv.weight, conv.bias, axis=axis)
         return conv(self._smooth(x, axis))
 
@@ -208,10 +220,7 @@ def convolve_as_matrix(x: Tensor, weight: Tensor, bias: Tensor, *, axis: int) ->
         weight: (C, 1, k, 1, 1), or with the k on another axis; k odd, padding k//2.
         bias: (C,).
     """
-    n, kernel = x.shape[2 + axis], weight.flatten(1)
-    place = torch.arange(n, device=x.device)
-    # entry (i, j) is the weight that voxel j has for voxel i; those outside the kernel are 0
-    band = F.pad(kernel, (n, n))[:, place - place[:, None] + kernel.shape[1] // 2 + n]  # (C, n, n)
+    band = band_matrix(weight.flatten(1), x.shape[2 + axis])
     if axis == 0:
         y = band @ x.flatten(3)
     elif axis == 1:
@@ -219,6 +228,12 @@ def convolve_as_matrix(x: Tensor, weight: Tensor, bias: Tensor, *, axis: int) ->
     else:
         y = x.flatten(2, 3) @ band.transpose(1, 2)
     return y.view(x.shape) + bias.to(y.dtype).view(-1, 1, 1, 1)
+
+
+def band_matrix(kernel: Tensor, n: int) -> Tensor:
+    """(C, k) -> (C, n, n): entry (i, j) is the weight that voxel j has for voxel i, or 0."""
+    place = torch.arange(n, device=kernel.device)
+    return F.pad(kernel, (n, n))[:, place - place[:, None] + kernel.shape[1] // 2 + n]
 
 
 def _along(axis: int, value: int, *, other: int) -> tuple[int, int, int]:
@@ -346,6 +361,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
+        if runs_fused(x):  # they read and write channels last, and so do the blocks' MLPs
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 again = partial(_statistics_untouched, block)

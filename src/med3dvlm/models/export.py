@@ -27,8 +27,8 @@ def export_onnx(model: Any, folder: Path) -> dict[str, float]:
     """Write a model's graphs and its processor into an existing folder.
 
     A dual encoder gives `image.onnx`, volumes (B, 1, D, H, W) -> `image_embeds` (B, dim), and
-    `text.onnx`, `input_ids` and `attention_mask` (B, N) -> `text_embeds` (B, dim), rows of length 1.
-    A language model gives `encoder.onnx`, volumes -> the streams `low` and `high`, and
+    `text.onnx`, `input_ids` and `attention_mask` (B, N) -> `text_embeds` (B, dim), rows of
+    length 1. A language model gives `encoder.onnx`, volumes -> the streams `low` and `high`, and
     `visual_tokens`, what its language model takes. The batch, and N, may be any; D, H and W are
     those of the preparation.
 

@@ -7,7 +7,8 @@ What :class:`med3dvlm.models.dcformer.DCFormer` computes in evaluation mode, wit
   views: one for each of the 3k - 2 distinct voxels of a decomposed convolution, not 3k. Only the
   voxels that the stem reads are touched, and no layer of it exists as a whole;
 - the first two layers of a linear (published) stem merged into one;
-- depthwise convolutions as 2-D ones, which oneDNN computes ten times as fast as 3-D ones.
+- depthwise convolutions as 2-D ones, which oneDNN computes ten times as fast as 3-D ones; on a GPU
+  as one kernel for the three directions.
 
 The measurements behind each are in docs/performance.md and docs/decisions/0011-inference.md.
 """
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from med3dvlm.models.fused import kernels, runs_fused
 
 if TYPE_CHECKING:
     from med3dvlm.models.dcformer import (
@@ -321,6 +324,7 @@ class _Block:
         lines = _Lines.of(block.conv)
         depth, height, width = (kernel[:, :, :, None].to(dtype) for kernel in lines.kernels)
         self.kernels = depth, height, width.transpose(2, 3)  # (C, 1, k, 1) or (C, 1, 1, k)
+        self.taps = torch.stack([k.flatten(1).T for k in lines.kernels]).float()  # (3, k, C)
         scale = block.layer_scale.double()
         bias = block.expand.bias.double() + block.expand.weight.double() @ lines.bias
         self.expand = block.expand.weight.to(dtype)  # the model's own where the precision is
@@ -338,6 +342,8 @@ class _Block:
 
     def _convolve(self, x: Tensor) -> Tensor:
         """Along depth on images (D, H·W), along height and width on images (H, W)."""
+        if runs_fused(x):
+            return kernels.decomposed(x, self.taps, torch.zeros_like(self.taps[0, 0]), x.dtype)
         batch, depth, height, width, channels = x.shape
         along_depth, along_height, along_width = self.kernels
         y = _depthwise(x.view(batch, depth, height * width, channels), along_depth).view(x.shape)

@@ -7,6 +7,7 @@ from med3dvlm.scan.prepare import (
     compare_preparations,
     prepare,
     prepared_affine,
+    to_scan_grid,
 )
 from med3dvlm.scan.read import read_scan
 from med3dvlm.scan.scan import NotHounsfieldWarning, Scan, ScanError
@@ -26,4 +27,5 @@ __all__ = [
     "save_dicom_series",
     "save_nifti",
     "save_nrrd",
+    "to_scan_grid",
 ]

@@ -181,6 +181,36 @@ def prepared_affine(scan: Scan, preparation: Preparation) -> np.ndarray:
     return np.asarray(scan.affine, np.float64) @ to_scan
 
 
+def to_scan_grid(values: np.ndarray, scan: Scan, preparation: Preparation) -> np.ndarray:
+    """A map over the prepared volume on the scan's own voxels: the way of `prepare` back.
+
+    Args:
+        values: (D, H, W) of `preparation.size`.
+
+    Returns:
+        (D, H, W) float32 of the scan's shape; 0 where the prepared volume does not reach.
+
+    Raises:
+        ValueError: for values of another shape.
+    """
+    if values.shape != preparation.size:
+        raise ValueError(
+            f"the map has {values.shape} voxels, the prepared volume {preparation.size}."
+        )
+    import torch
+
+    back = [
+        _backwards(axis, n)
+        for axis, n in zip(_plan(scan, preparation, None), scan.shape, strict=True)
+    ]
+    result = np.zeros(scan.shape, np.float32)
+    volume = torch.from_numpy(_readable(values))
+    for axis in sorted(range(3), key=lambda axis: back[axis].shrinks):
+        volume = _resample_axis(volume, axis, back[axis], antialias=True)
+    result[tuple(slice(axis.start, axis.start + axis.count) for axis in back)] = volume.numpy()
+    return result
+
+
 # --- the plan -------------------------------------------------------------------------------
 
 
@@ -233,6 +263,24 @@ def _plan(
             )
         )
     return axes[0], axes[1], axes[2]
+
+
+def _backwards(axis: _Axis, size: int) -> _Axis:
+    """How the scan's axis of `size` voxels is taken from the prepared one: `axis` inverted.
+
+    A scan voxel is in reach where its centre lies within a voxel that the plan filled.
+    """
+    ends = [(n - 0.5) * axis.step + axis.first for n in (0, axis.count)]
+    start = max(0, math.ceil(ends[0] - 1e-6))
+    stop = min(size, math.ceil(ends[1] - 1e-6))
+    return _Axis(
+        start=start,
+        count=stop - start,
+        first=(start - axis.first) / axis.step + axis.start,
+        step=1 / axis.step,
+        low=axis.start,
+        high=axis.start + axis.count,
+    )
 
 
 def _foreground(scan: Scan, mapping: Callable[[np.ndarray], np.ndarray]) -> list[tuple[int, int]]:

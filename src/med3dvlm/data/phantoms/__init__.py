@@ -9,6 +9,7 @@ from med3dvlm.data.phantoms.language import (
     ask_where,
     ask_whether,
     find_findings,
+    is_true,
 )
 from med3dvlm.data.phantoms.layouts import LAYOUTS
 from med3dvlm.data.phantoms.study import (
@@ -46,6 +47,7 @@ __all__ = [
     "concept_vector",
     "describe",
     "find_findings",
+    "is_true",
     "make_study",
     "twin",
     "write_studies",

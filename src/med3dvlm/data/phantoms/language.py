@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -345,3 +346,22 @@ def find_findings(text: str) -> dict[str, bool]:
     """Which findings a text asserts."""
     statuses = read_assertions(text, PHANTOM_TERMS)
     return {name: status == "present" for name, status in statuses.items()}
+
+
+def is_true(sentence: str, placed: Sequence[PlacedFinding]) -> bool | None:
+    """Whether what a sentence says of findings is so; None where it speaks of none.
+
+    Checked are what is there and what is not, and the side or lobe of what is there. Sizes and
+    degrees are not.
+    """
+    there, checks = {p.name: p for p in placed}, []
+    for name, status in read_assertions(sentence, PHANTOM_TERMS).items():
+        if status == "not mentioned":
+            continue
+        checks.append((status == "absent") != (name in there))
+        key = FINDINGS[name].location
+        if name in there and status != "absent" and key is not None:
+            values = FINDINGS[name].attributes[key]
+            named = [v for v in values if re.search(rf"\b{v}\b", sentence, re.IGNORECASE)]
+            checks.append(not named or there[name].attributes[key] in named)
+    return all(checks) if checks else None

@@ -1,9 +1,11 @@
 """Tasks: from studies to predictions, tables, plots and a page, with evidence controls."""
 
 from med3dvlm.evaluate.tasks.answerers import AlwaysNo, Answerer, LanguageModel, QuestionOnly
+from med3dvlm.evaluate.tasks.calibration import evaluate_calibration
 from med3dvlm.evaluate.tasks.cases import Cases, cases_of_phantoms, cases_of_store
 from med3dvlm.evaluate.tasks.compare import compare_runs
 from med3dvlm.evaluate.tasks.controls import Score, control_table, verdict
+from med3dvlm.evaluate.tasks.evidence import evaluate_evidence
 from med3dvlm.evaluate.tasks.report import Search, evaluate_report
 from med3dvlm.evaluate.tasks.retrieval import evaluate_retrieval
 from med3dvlm.evaluate.tasks.run import Example, Run
@@ -26,6 +28,8 @@ __all__ = [
     "cases_of_store",
     "compare_runs",
     "control_table",
+    "evaluate_calibration",
+    "evaluate_evidence",
     "evaluate_report",
     "evaluate_retrieval",
     "evaluate_twins",

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from med3dvlm.data.assertions import Term
-from med3dvlm.data.phantoms import FINDINGS, PHANTOM_TERMS, PHANTOM_VERSION, make_study
+from med3dvlm.data.phantoms import (
+    FINDINGS,
+    PHANTOM_TERMS,
+    PHANTOM_VERSION,
+    is_true,
+    make_study,
+)
 from med3dvlm.evaluate.findings import CT_RATE_TERMS, extract_findings
 from med3dvlm.scan import Preparation, prepare
 
@@ -34,6 +40,8 @@ class Cases:
         labels: what `truth` says of each study, "" or nothing where it has no labels.
         truth: (studies, labels) bool, or None.
         facts: where they come from, for the head of the results.
+        judge: whether what a sentence says of the study of some number is so, None where it
+            cannot be checked; by the labels where not given.
     """
 
     studies: Sequence[dict[str, Any]]
@@ -42,6 +50,7 @@ class Cases:
     labels: Sequence[str] = ()
     truth: np.ndarray | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    judge: Callable[[int, str], bool | None] | None = None
 
     def __len__(self) -> int:
         return len(self.studies)
@@ -87,6 +96,16 @@ class Cases:
         found = [extract_findings(text, terms) for text in texts]
         return np.array([[f[name] == "present" for name in terms] for f in found], dtype=bool)
 
+    def is_true(self, index: int, sentence: str) -> bool | None:
+        """Whether what a sentence says of a study's findings is so; None if it speaks of none."""
+        if self.judge is not None:
+            return self.judge(index, sentence)
+        terms = self.terms or {}
+        labels = dict(zip(terms, self.finding_matrix()[index], strict=True))
+        statuses = extract_findings(sentence, terms).items()
+        checks = [(s != "absent") == labels[name] for name, s in statuses if s != "not mentioned"]
+        return all(checks) if checks else None
+
     def only(self, chosen: Sequence[int]) -> Cases:
         """Some of the studies."""
         kept = list(chosen)
@@ -97,6 +116,7 @@ class Cases:
             self.labels,
             None if self.truth is None else self.truth[kept],
             {**self.facts, "studies": len(kept)},
+            None if (judge := self.judge) is None else lambda i, text: judge(kept[i], text),
         )
 
     def with_reports(self) -> Cases:
@@ -196,4 +216,5 @@ def cases_of_phantoms(
         list(FINDINGS),
         np.array([[study.truth.has(name) for name in FINDINGS] for study in studies], dtype=bool),
         {"studies": count, "phantom version": PHANTOM_VERSION, "data": CAVEAT},
+        lambda index, sentence: is_true(sentence, studies[index].truth.findings),
     )
