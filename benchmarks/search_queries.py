@@ -101,16 +101,18 @@ def turned(denial: float, *, excluding: bool) -> Way:
 
 
 def several(*names: str, join: Callable[[Sequence[Ranked]], Ranked] = fuse) -> Way:
-    """Some of the orders that `SearchIndex.search` fuses, joined one way or another."""
+    """Some orders, joined one way or another."""
 
     def search(index: SearchIndex, query: Query) -> list[str]:
-        words = read_words(query.text)
-        conditions = index.conditions(query.where)
-        lists = index._lists(
-            index._table(), words, index._query(words, None), conditions, 200, False
-        )
-        of = dict(zip(("scan", "report", "words"), lists, strict=False))
-        return _first(join([of[name] for name in names if name in of]))
+        words, table = read_words(query.text), index._table()
+        vector = index._query(words, None)
+        options = {"limit": 200, "where": index.conditions(query.where), "without": words.excluded}
+        of = {
+            "scan": table.nearest(vector, **options),
+            "report": table.nearest(vector, column="report_vector", **options),
+            "words": table.matching(words.wanted, **options) if words.wanted else [],
+        }
+        return _first(join([of[name] for name in names]))
 
     return search
 
@@ -138,9 +140,9 @@ WAYS: dict[str, Way] = {
     "turned by 1": turned(1.0, excluding=False),
     "turned by 0.5, denied left out": turned(0.5, excluding=True),
     "words (BM25)": several("words"),
-    "scan and words": several("scan", "words"),
-    "scan, report, words, weighted sum": several("scan", "report", "words", join=weighted),
-    "search (scan, report, words by RRF)": fused,
+    "scan and words, weighted sum": several("scan", "words", join=weighted),
+    "scan, report and words by RRF": several("scan", "report", "words"),
+    "search (scan and words by RRF)": fused,
 }
 
 

@@ -178,10 +178,10 @@ class SearchIndex:
     ) -> list[Hit]:
         """The studies that fit best, best first.
 
-        With words, three orders are fused (:func:`fuse`): by the similarity of the scan's embedding
-        to that of the words, by that of its report's, and by how well the words match what the
-        report asserts (BM25). What the words deny ("without effusion") turns the embedding away
-        from it, and a report that asserts a denied finding is left out (:func:`read_words`).
+        With words, two orders are fused (:func:`fuse`): by the similarity of the scan's embedding
+        to that of the words, and by how well the words match what the report asserts (BM25). What
+        the words deny ("without effusion") turns the embedding away from it, and a report that
+        asserts a denied finding is left out (:func:`read_words`).
 
         Args:
             text: words; with `vector` also given, both count.
@@ -234,17 +234,11 @@ class SearchIndex:
         plain: bool,
     ) -> list[Ranked]:
         excluded = words.excluded if words else ()
-
-        def nearest(column: str) -> Ranked:
-            return table.nearest(
-                query, limit=depth, column=column, where=conditions, without=excluded
+        lists = [table.nearest(query, limit=depth, where=conditions, without=excluded)]
+        if words is not None and words.wanted and not plain:
+            lists.append(
+                table.matching(words.wanted, limit=depth, where=conditions, without=excluded)
             )
-
-        lists = [nearest("vector")]
-        if words is None or plain or not words.wanted:
-            return lists
-        lists.append(nearest("report_vector"))
-        lists.append(table.matching(words.wanted, limit=depth, where=conditions, without=excluded))
         return lists
 
     def _query(self, words: Words | None, vector: np.ndarray | None) -> np.ndarray:
