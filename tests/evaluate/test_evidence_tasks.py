@@ -7,7 +7,12 @@ import pytest
 
 from med3dvlm.data.phantoms import FINDINGS
 from med3dvlm.evaluate.tasks import cases_of_phantoms, evaluate_calibration, evaluate_evidence
-from med3dvlm.evaluate.tasks.calibration import same_answer, threshold_rows
+from med3dvlm.evaluate.tasks.calibration import (
+    Measured,
+    fit_calibration,
+    same_answer,
+    threshold_rows,
+)
 from med3dvlm.evaluate.tasks.evidence import centre_map, one_lesion
 from med3dvlm.hub import load
 from tests.models import tiny
@@ -45,11 +50,11 @@ def test_calibration_is_measured_before_and_after():
     assert {s["study"] for s in run.samples} == set(test.ids)
 
 
-def test_a_model_that_names_no_finding_cannot_be_calibrated():
-    model = tiny.vlm()
-    cases = cases_of_phantoms(1, model.preparation)
+def test_reports_that_name_no_finding_cannot_be_calibrated():
+    said = {"right": 1.0, "shares": [0.6, 0.4], "confidence": 0.6}
+    measured = Measured(choices=[said], answers=[said], sentences=[])
     with pytest.raises(ValueError, match="no sentences that can be checked"):
-        evaluate_calibration(model, cases, cases, weights="")
+        fit_calibration(measured, cases_of_phantoms(1, tiny.PREPARATION), weights="")
 
 
 def test_lists_are_the_same_in_any_order():

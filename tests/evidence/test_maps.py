@@ -219,11 +219,11 @@ def test_a_target_is_the_likelihood_that_the_model_gives(vlm, volume):
         margin = text_target(vlm, QUESTION, "left", others=["right"])(streams)
         other, _ = token_log_probs(vlm, visual, QUESTION, "right")
         whole = text_target(vlm, QUESTION, "left")(streams)
+        with pytest.raises(ValueError, match="nothing to explain"):
+            text_target(vlm, QUESTION, "left", part=(4, 4))(streams)
     assert whole.item() == pytest.approx(log_probs.sum().item(), abs=1e-4)
     assert spans[-1][1] == 4
     assert margin.item() == pytest.approx((log_probs.sum() - other.sum()).item(), abs=1e-4)
-    with pytest.raises(ValueError, match="nothing to explain"):
-        text_target(vlm, QUESTION, "left", part=(4, 4))(streams)
 
 
 def test_the_model_is_left_as_it_was(vlm, volume):

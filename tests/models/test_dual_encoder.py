@@ -72,7 +72,8 @@ def test_saved_and_loaded(tmp_path):
     model.processor.save_pretrained(tmp_path)
     loaded = hub.load(tmp_path, part="search")
     assert loaded.config.concepts == ["a"]
-    assert np.array_equal(loaded.embed_scans(tiny.scan()), model.embed_scans(tiny.scan()))
+    # loaded for inference, it computes the same in another order
+    assert np.allclose(loaded.embed_scans(tiny.scan()), model.embed_scans(tiny.scan()), atol=1e-6)
     assert np.array_equal(loaded.embed_texts("left"), model.embed_texts("left"))
 
 
