@@ -211,3 +211,19 @@ def test_unknown_settings_are_refused():
         DCFormerConfig(pooling="sum")
     with pytest.raises(ValueError, match="does not divide"):
         ViT3DConfig(volume_size=(100, 256, 256))
+
+
+def test_the_stem_sees_each_voxel_through_every_window():
+    stem = tiny(stem_patches=True, stem_windows=[[0.0, 0.5], [0.5, 0.6]]).stem
+    values = torch.tensor([-1.0, 0.0, 0.25, 0.55, 2.0]).view(1, 1, 5, 1, 1)
+    seen = stem.windowed(values)
+    assert seen.shape == (1, 2, 5, 1, 1)
+    torch.testing.assert_close(seen[0, 0].flatten(), torch.tensor([0, 0, 0.5, 1, 1]))
+    torch.testing.assert_close(seen[0, 1].flatten(), torch.tensor([0, 0, 0, 0.5, 1]))
+    assert tiny().stem.windowed(values) is values
+
+
+@pytest.mark.parametrize("windows", [[[0.5, 0.5]], [[1.0, 0.0]], [[0.0]]])
+def test_a_window_is_a_low_and_a_higher_value(windows):
+    with pytest.raises(ValueError, match="stem_windows"):
+        DCFormerConfig(stem_windows=windows)

@@ -31,7 +31,9 @@ def encoder(variant: str = "nano", **config) -> DCFormer:
 
 @pytest.fixture(scope="module")
 def stems() -> list[tuple[DCFormer, PlainDCFormer]]:
-    kinds = ({}, {"stem_antialias": True}, {"stem_patches": True, "stem_layers": 2})
+    patches = {"stem_patches": True, "stem_layers": 2}
+    windows = {**patches, "stem_windows": [[0.0, 0.3], [0.2, 0.9]]}
+    kinds = ({}, {"stem_antialias": True}, patches, windows)
     made = [
         encoder(stem_activation=activation, **kind)
         for activation in ("gelu", "none")
@@ -42,7 +44,7 @@ def stems() -> list[tuple[DCFormer, PlainDCFormer]]:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    kind=st.integers(0, 7),
+    kind=st.integers(0, 9),
     batch=st.integers(1, 3),
     size=st.tuples(*[st.integers(1, 36)] * 3),
     slab=st.sampled_from([1, 50, 4096]),

@@ -89,15 +89,19 @@ class _Stem(nn.Module):
     def __init__(self, config: DCFormerConfig):
         super().__init__()
         width, k, stride = config.channels[0], config.stem_kernel_size, config.stem_stride
+        self.windows = config.stem_windows
+        channels = config.in_channels * max(1, len(self.windows))
         if config.stem_patches:
-            first = _Patches(config.in_channels, width, stride)
+            first = _Patches(channels, width, stride)
         else:
-            first = _Lines(config.in_channels, width, k, stride, 1, config.stem_antialias)
+            first = _Lines(channels, width, k, stride, 1, config.stem_antialias)
         rest = [_Lines(width, width, 3, 1, 1, False) for _ in range(config.stem_layers - 1)]
         self.layers = nn.ModuleList([first, *rest])
         self.gelu = config.stem_activation == "gelu"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.windows:
+            x = torch.cat([((x - a) / (b - a)).clamp(0, 1) for a, b in self.windows], dim=1)
         for layer in self.layers:
             x = layer(x)
             if self.gelu:

@@ -52,6 +52,10 @@ class DCFormerConfig(PretrainedConfig):
         stem_patches: let the first layer of the stem be one convolution over whole patches of
             stem_stride³ voxels in place of the decomposed one, whose averages wash out what is
             smaller than a patch (docs/decisions/0010). Never with published weights.
+        stem_windows: (low, high) prepared intensities; the stem sees each voxel through each of
+            these windows side by side, as a reader looks at a scan in a lung, a soft tissue and a
+            bone window, so that a contrast of a few HU is no smaller than one of a thousand. None
+            for the intensity itself. Never with published weights.
         pooling: what stands for the whole volume. "mean" is the paper's: the mean over the stage-4
             tokens. "multiscale" puts the maxima over the tokens of stages 2, 3 and 4 beside it, so
             that a small lesion is not averaged away; "streams" takes means and maxima of stages 3
@@ -74,6 +78,7 @@ class DCFormerConfig(PretrainedConfig):
         stem_activation: str = "gelu",
         stem_antialias: bool = False,
         stem_patches: bool = False,
+        stem_windows: list[list[float]] | None = None,
         pooling: str = "mean",
         layer_scale_init: float = 1e-6,
         initializer_range: float = 0.02,
@@ -92,6 +97,11 @@ class DCFormerConfig(PretrainedConfig):
             )
         if stem_antialias and stem_patches:
             raise ValueError("stem_antialias and stem_patches exclude each other: choose one.")
+        for window in stem_windows or ():
+            if len(window) != 2 or not window[0] < window[1]:
+                raise ValueError(f"stem_windows: {window} must be a low and a higher value.")
+                f"stem_windows {stem_windows} must be pairs of a low and a high value."
+            )
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown: use one of {', '.join(POOLINGS)}.")
         self.variant = variant
@@ -105,6 +115,7 @@ class DCFormerConfig(PretrainedConfig):
         self.stem_activation = stem_activation
         self.stem_antialias = stem_antialias
         self.stem_patches = stem_patches
+        self.stem_windows = [list(window) for window in stem_windows or ()]
         self.pooling = pooling
         self.layer_scale_init = layer_scale_init
         self.initializer_range = initializer_range
@@ -268,11 +279,13 @@ class Stem(nn.Module):
     def __init__(self, config: DCFormerConfig):
         super().__init__()
         width = config.channels[0]
+        self.windows = config.stem_windows
+        in_channels = config.in_channels * max(1, len(self.windows))
         if config.stem_patches:
-            first = PatchConv3d(config.in_channels, width, size=config.stem_stride)
+            first = PatchConv3d(in_channels, width, size=config.stem_stride)
         else:
             first = DecomposedConv3d(
-                config.in_channels,
+                in_channels,
                 width,
                 kernel_size=config.stem_kernel_size,
                 stride=config.stem_stride,
@@ -285,9 +298,20 @@ class Stem(nn.Module):
         self.activation = nn.GELU() if config.stem_activation == "gelu" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.windowed(x)
         for layer in self.layers:
             x = self.activation(layer(x))
         return x
+
+    def windowed(self, x: Tensor) -> Tensor:
+        """What is seen through each window: 0 up to its low value, 1 from its high one.
+
+        (..., C, D, H, W) -> (..., C * windows, D, H, W); without windows, as it was.
+        """
+        if not self.windows:
+            return x
+        seen = [((x - low) / (high - low)).clamp(0, 1) for low, high in self.windows]
+        return torch.cat(seen, dim=-4)
 
 
 class Downsample(nn.Module):

@@ -177,6 +177,7 @@ class _Stem:
     def __init__(self, stem: Stem, dtype: torch.dtype):
         first, *rest = stem.layers
         self.dtype = dtype
+        self.windowed = stem.windowed
         self.voxels = _Patches(first) if hasattr(first, "proj") else _LinesThrough(first)
         self.gelu = isinstance(stem.activation, torch.nn.GELU)
         self.channels = self.voxels.weight.shape[1]
@@ -190,7 +191,7 @@ class _Stem:
         self.layers = [_Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines, strict=True)]
 
     def __call__(self, volumes: Tensor) -> Tensor:
-        views = [self.voxels(volume) for volume in volumes]
+        views = [self.voxels(self.windowed(volume)) for volume in volumes]
         shape = len(volumes), *views[0][0].shape[:3], self.channels
         result = volumes.new_empty(shape, dtype=self.dtype)
         for parts, target in zip(views, result, strict=True):
