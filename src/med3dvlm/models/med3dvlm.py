@@ -39,7 +39,7 @@ from med3dvlm.models.decoding import (
     state_of,
     write,
 )
-from med3dvlm.models.projector import make_projector
+from med3dvlm.models.projector import init_projector_weights, make_projector
 from med3dvlm.models.quantized import BITS, quantize_linear_layers
 from med3dvlm.scan import Scan, read_scan
 
@@ -189,6 +189,8 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_encoder_weights(module, std=0.02)
+        if module is getattr(self, "projector", None):
+            init_projector_weights(module)
 
     @property
     def num_visual_tokens(self) -> int:
