@@ -100,8 +100,6 @@ class DCFormerConfig(PretrainedConfig):
         for window in stem_windows or ():
             if len(window) != 2 or not window[0] < window[1]:
                 raise ValueError(f"stem_windows: {window} must be a low and a higher value.")
-                f"stem_windows {stem_windows} must be pairs of a low and a high value."
-            )
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown: use one of {', '.join(POOLINGS)}.")
         self.variant = variant
