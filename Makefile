@@ -38,6 +38,7 @@ demo-model: $(STAMP)
 	$(BIN)/med3dvlm train contrastive recipes/demo/search.yaml
 	$(BIN)/med3dvlm train alignment recipes/demo/alignment.yaml
 	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
+	$(BIN)/med3dvlm train instruction recipes/demo/questions.yaml
 	$(BIN)/python recipes/demo/bundle.py
 	$(BIN)/med3dvlm evaluate calibration --model demo --save
 

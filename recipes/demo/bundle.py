@@ -1,6 +1,6 @@
 """Put the trained demo model into the package: half precision, figures, model card.
 
-python recipes/demo/bundle.py            after the three stages of `make demo-model`
+python recipes/demo/bundle.py            after the stages of `make demo-model`
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from med3dvlm.hub import load
 
 RUNS = Path("runs/demo")
 TARGET = Path("src/med3dvlm/assets/demo")
-PARTS = {"language_model": "instruction", "dual_encoder": "search"}
+PARTS = {"language_model": "questions", "dual_encoder": "search"}
 LIMIT_MB = 16
 
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 def _training() -> str:
     rows = ["| stage | minutes | samples seen | last loss |", "| --- | --- | --- | --- |"]
-    for stage in ("contrastive", "search", "alignment", "instruction"):
+    for stage in ("contrastive", "search", "alignment", "instruction", "questions"):
         summary = json.loads((RUNS / stage / "training.json").read_text())
         history = json.loads((RUNS / stage / "history.json").read_text())
         steps = max(entry.get("step", 0) for entry in history)
@@ -53,7 +53,7 @@ def _training() -> str:
         losses = [entry["loss"] for entry in history if "loss" in entry]
         minutes = summary["metrics"]["train_runtime"] / 60
         rows.append(f"| {stage} | {minutes:.0f} | {seen:,} | {float(losses[-1]):.3f} |")
-    return "\n".join([*rows, "", f"Machine: {platform.machine()}, 2 CPU cores, fp32, no GPU."])
+    return "\n".join([*rows, "", f"Machine: {platform.machine()}, 2 CPU cores, bf16, no GPU."])
 
 
 if __name__ == "__main__":
