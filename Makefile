@@ -35,10 +35,10 @@ demo-model: export MALLOC_MMAP_MAX_ := 0
 demo-model: export MALLOC_TRIM_THRESHOLD_ := 10000000000
 demo-model: $(STAMP)
 	$(BIN)/med3dvlm train contrastive recipes/demo/contrastive.yaml
+	$(BIN)/med3dvlm train contrastive recipes/demo/longer.yaml
 	$(BIN)/med3dvlm train contrastive recipes/demo/search.yaml
 	$(BIN)/med3dvlm train alignment recipes/demo/alignment.yaml
 	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
-	$(BIN)/med3dvlm train instruction recipes/demo/questions.yaml
 	$(BIN)/python recipes/demo/bundle.py
 	$(BIN)/med3dvlm evaluate calibration --model demo --save
 
