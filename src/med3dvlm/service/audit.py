@@ -135,13 +135,12 @@ def _forget(session: Session) -> None:
 REFUSAL = "the audit log is append-only"
 
 APPEND_ONLY: dict[str, tuple[str, ...]] = {
-    "sqlite": tuple(
-        f"CREATE TRIGGER audit_no_{verb.lower()} BEFORE {verb} ON audit "
-        f"BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END"
-        for verb in ("UPDATE", "DELETE")
-    )
-    # INSERT OR REPLACE deletes without the trigger above
-    + (
+    "sqlite": (
+        "CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit "
+        f"BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+        "CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit "
+        f"BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
+        # INSERT OR REPLACE deletes without the trigger above
         "CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit "
         "WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id) "
         f"BEGIN SELECT RAISE(ABORT, '{REFUSAL}'); END",
