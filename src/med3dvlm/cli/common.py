@@ -23,15 +23,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from med3dvlm.notice import notice_of
+
 if TYPE_CHECKING:
     from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
     from med3dvlm.scan import Scan
-
-NOTICE = "Draft by a research model. Not a medical device; a clinician must check every word."
-DEMO_NOTICE = (
-    "The bundled demo model has only ever seen generated phantoms. About a real patient its "
-    "words mean nothing."
-)
 
 errors = Console(stderr=True)
 
@@ -146,7 +142,7 @@ def provenance(model: Any) -> dict[str, str]:
 
 def notice(model: Any) -> str:
     """The sentence that every result carries."""
-    return f"{NOTICE} {DEMO_NOTICE}" if model.label == "demo" else NOTICE
+    return notice_of(model.label)
 
 
 def print_notice(model: Any) -> None:
