@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import JSON, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
-from sqlalchemy.types import JSON, DateTime, TypeDecorator
+from sqlalchemy.types import DateTime, TypeDecorator
 
 BUSY_S = 10  # that a writer waits for another
 UNREACHABLE = (OperationalError, InterfaceError, PoolTimeoutError)
@@ -32,12 +32,6 @@ UNREACHABLE = (OperationalError, InterfaceError, PoolTimeoutError)
 
 class DatabaseError(ValueError):
     """A database that cannot be used, in one sentence with the remedy."""
-
-
-class Base(DeclarativeBase):
-    """Of every table."""
-
-    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON}
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -55,6 +49,15 @@ class UtcTime(TypeDecorator[datetime]):
 
     def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+Json = JSON(none_as_null=True)  # no value is NULL, and not the JSON of it
+
+
+class Base(DeclarativeBase):
+    """Of every table."""
+
+    type_annotation_map = {dict[str, Any]: Json, list[Any]: Json, datetime: UtcTime}
 
 
 def utc_now() -> datetime:

@@ -1,0 +1,71 @@
+"""Bringing a database to the schema of this version, step by step (Alembic).
+
+A new step, from the difference between a database of the last version and the tables:
+
+    python -m med3dvlm.service.migrations "what changes"
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+
+from med3dvlm.service.database import Database, DatabaseError
+
+LOCK = 0x4D334456  # of PostgreSQL: one process brings the schema forward at a time
+
+
+def migrate(database: Database) -> str:
+    """Bring the schema to this version's; says which it was before ("" for an empty database).
+
+    Raises:
+        DatabaseError: if the database is of a later version of the program.
+    """
+    config = _config()
+    with database.engine.connect() as connection:
+        if database.dialect == "postgresql":
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
+            connection.commit()
+        try:
+            before = _revision(connection)
+            _check_known(config, before)
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            connection.commit()
+        finally:
+            if database.dialect == "postgresql":
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK})
+                connection.commit()
+    return before
+
+
+def is_current(database: Database) -> bool:
+    """Whether the schema is that of this version."""
+    with database.engine.connect() as connection:
+        return _revision(connection) == ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    return config
+
+
+def _revision(connection) -> str:
+    found = MigrationContext.configure(connection).get_current_revision() or ""
+    connection.rollback()
+    return found
+
+
+def _check_known(config: Config, revision: str) -> None:
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if revision and revision not in known:
+        raise DatabaseError(
+            f"the database is of a later version of med3dvlm (schema {revision!r}): install that "
+            "version, or restore a backup of this one."
+        )
