@@ -38,7 +38,7 @@ def new_object(
     The same report of the same images gets the same UIDs, so that sending it twice stores it once.
     Without images it belongs to a study of its own, and its patient is not stated.
     """
-    seed = _seed(report, source)
+    seed = seed_of(report, source)
     when = report.created.astimezone()  # dates and times are local, as those of the images are
     study = source.first.StudyInstanceUID if source else generate_uid(entropy_srcs=[seed, "study"])
     made = SOPClass(
@@ -117,7 +117,7 @@ def save_object(made: pydicom.Dataset, path: str | Path) -> None:
         temporary.write_bytes(data)
 
 
-def _seed(report: Report, source: SourceImages | None) -> str:
+def seed_of(report: Report, source: SourceImages | None) -> str:
     """A hash of all that is said, by whom, and about which images."""
     images = [header.SOPInstanceUID for header in source.headers] if source else []
     return hashlib.sha256(repr((report, images)).encode("utf-8", "replace")).hexdigest()

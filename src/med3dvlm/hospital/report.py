@@ -155,9 +155,12 @@ def clean(text: str) -> str:
 
 
 def one_line(text: str, length: int) -> str:
-    """Clean text on one line, at most so many characters, for names and descriptions.
+    """Clean text on one line, at most so many bytes of UTF-8, for names and descriptions.
 
-    A backslash divides values in DICOM, so it becomes a slash.
+    DICOM counts characters, but some archives count bytes. A backslash divides values there, so it
+    becomes a slash.
     """
     words = " ".join(clean(text).replace("\\", "/").split())
-    return words if len(words) <= length else words[: length - 1] + "…"
+    if len(words.encode()) <= length:
+        return words
+    return words.encode()[: length - 3].decode(errors="ignore") + "..."

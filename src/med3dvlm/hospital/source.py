@@ -81,7 +81,9 @@ def read_source(path: str | Path, *, series: str | int | None = None) -> SourceI
     with ExitStack() as stack:  # a zip stays open until its headers are read
         items = items_of(path, stack)
         if path.is_dir() or not is_dicom(path):
-            chosen = choose_series(str(path), list(headers_of(str(path), items, notes)), series, notes)
+            chosen = choose_series(
+                str(path), list(headers_of(str(path), items, notes)), series, notes
+            )
         else:
             chosen = series_of_file(path, items, notes)
             chosen = choose_series(str(path), chosen, series, notes)

@@ -145,8 +145,8 @@ def person_name(name: str) -> str:
     Only the person knows which word of it is the family name, so all of it is put there; a name
     that already has DICOM's carets is kept.
     """
-    words = one_line(name.replace("=", "-"), 64)
-    return words if "^" in words else f"{words[:63]}^"
+    words = one_line(name.replace("=", "-"), 63)
+    return words if "^" in words else f"{words}^"
 
 
 # --- content ----------------------------------------------------------------------------------
@@ -171,7 +171,9 @@ def _content(report: Report, source: SourceImages | None, *, numbers: bool) -> D
 
 
 def _container(heading: CodedConcept, items: list[ContentItem]) -> ContainerContentItem:
-    container = ContainerContentItem(name=heading, relationship_type=RelationshipTypeValues.CONTAINS)
+    container = ContainerContentItem(
+        name=heading, relationship_type=RelationshipTypeValues.CONTAINS
+    )
     container.ContentSequence = ContentSequence(items)
     return container
 
