@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from med3dvlm import __version__
+from med3dvlm.service.access import api as access
+from med3dvlm.service.access.install import install
 from med3dvlm.service.api import health
 from med3dvlm.service.database import Database
 from med3dvlm.service.settings import Settings
@@ -26,6 +28,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.database = Database(settings.database_url)
     app.include_router(health.router)
+    app.include_router(access.router)
+    install(app)  # after every endpoint: what it does not know, it lets nobody into
     return app
 
 

@@ -10,15 +10,34 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 PREFIX = "MED3DVLM_"
 
 
 class SettingsError(ValueError):
     """Settings that cannot be used: which, and what they may be."""
+
+
+def _names(value: Any) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _pairs(value: Any) -> Any:
+    if isinstance(value, str):
+        return dict(map(str.strip, part.rpartition("=")[::2]) for part in _names(value))
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""A list; in the environment with commas between."""
+
+Pairs = Annotated[dict[str, str], BeforeValidator(_pairs)]
+"""A mapping; in the environment as name=value with commas between."""
 
 
 class Settings(BaseModel):
@@ -34,6 +53,9 @@ class Settings(BaseModel):
 
     # the model
     model: str = Field("demo", description="'demo', a checkpoint folder, or a hub name.")
+    search_model: str = Field(
+        "", description="That of the search, where the model has no such part."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 …")
     precision: str | None = Field(None, description="fp32 or bf16, of the encoder.")
     threshold: float | None = Field(
@@ -63,6 +85,26 @@ class Settings(BaseModel):
     # what comes in
     upload_mb: int = Field(2048, ge=1, description="Largest upload, MB.")
     upload_files: int = Field(5000, ge=1, description="Most files of an upload.")
+
+    # access
+    public_url: str = Field("", description="https://… by which browsers reach it; for OIDC.")
+    allowed_hosts: Names = Field((), description="Host names that it answers to; none: any.")
+    trusted_proxies: Names = Field((), description="Addresses whose X-Forwarded-… is believed.")
+    password_length: int = Field(12, ge=8, description="Fewest characters of a password.")
+    session_idle_min: float = Field(30, gt=0, description="Minutes idle until signed out.")
+    session_h: float = Field(12, gt=0, description="Hours until one must sign in again.")
+    sign_ins_per_min: int = Field(10, ge=1, description="From one address.")
+    requests_per_min: int = Field(1200, ge=1, description="Of one user or key.")
+    guest_requests_per_min: int = Field(600, ge=1, description="From one address, not signed in.")
+    body_kb: int = Field(1024, ge=1, description="Largest request that is no upload.")
+    oidc_issuer: str = Field("", description="URL of the OpenID provider; empty: none.")
+    oidc_client: str = Field("", description="This service's client id there.")
+    oidc_secret: SecretStr = Field(SecretStr(""), description="And its secret, if it has one.")
+    oidc_scope: str = Field("openid profile", description="What is asked of the provider.")
+    oidc_name_claim: str = Field("preferred_username", description="Claim that names the user.")
+    oidc_role_claim: str = Field("groups", description="Claim that says what the user is.")
+    oidc_roles: Pairs = Field({}, description="value=role, …: that claim's values to roles.")
+    oidc_ca: Path | None = Field(None, description="Certificates that the provider's is signed by.")
 
     @property
     def database_url(self) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-READER = frozenset(
-    {"studies:read", "studies:ask", "reports:draft", "evidence:make", "search", "metrics:read"}
-)
+EVERYBODY = frozenset({"studies:read", "metrics:read", "password:own"})
+
+READER = EVERYBODY | {"studies:ask", "reports:draft", "evidence:make", "search"}
 
 ROLES: dict[str, frozenset[str]] = {
     "reader": READER,
@@ -21,22 +21,13 @@ ROLES: dict[str, frozenset[str]] = {
         "pacs:import",
         "corrections:export",
     },
-    "administrator": frozenset(
-        {
-            "studies:read",
-            "studies:delete",
-            "users:manage",
-            "keys:manage",
-            "audit:read",
-            "metrics:read",
-        }
-    ),
+    "administrator": EVERYBODY | {"studies:delete", "users:manage", "keys:manage", "audit:read"},
     "service": READER | {"studies:upload", "reports:export", "pacs:query", "pacs:import"},
 }
 
 PERMISSIONS = frozenset[str]().union(*ROLES.values())
 
-PERSONS_ONLY = frozenset({"reports:sign", "users:manage", "keys:manage"})
+PERSONS_ONLY = frozenset({"reports:sign", "users:manage", "keys:manage", "password:own"})
 """Never by an API key: a signature is a person's, and a stolen key must not make another."""
 
 PUBLIC = frozenset(
@@ -59,6 +50,11 @@ def allows(role: str, kind: str, permission: str) -> bool:
     if kind == "key" and permission in PERSONS_ONLY:
         return False
     return permission in ROLES.get(role, ())
+
+
+def permissions_of(role: str, kind: str) -> list[str]:
+    """All that one of that role and kind may do, by name."""
+    return sorted(one for one in PERMISSIONS if allows(role, kind, one))
 
 
 def check_role(role: str) -> str:
