@@ -76,19 +76,20 @@ class _Bundle:
         for number, line in enumerate(line for line in report.lines if line.text.strip()):
             observed = self._observation(line, shared, device, person)
             results.append(self._add(f"observation {number}", observed))
+        radiology = _concept("http://terminology.hl7.org/CodeSystem/v2-0074", "RAD", "Radiology")
         found: Resource = {
             "resourceType": "DiagnosticReport",
             "language": report.language,
             "text": _narrative(report),
             "identifier": [{"system": "urn:ietf:rfc:3986", "value": self._url("report")}],
             "status": self._status(),
-            "category": [_concept("http://terminology.hl7.org/CodeSystem/v2-0074", "RAD", "Radiology")],
+            "category": [radiology],
             "code": _concept(LOINC, "18748-4", "Diagnostic imaging study"),
             **shared,
             "issued": _instant(report.created),
             "result": results,
             "presentedForm": _attachments(report, pdf),
-        }  # fmt: skip
+        }
         impression = clean(report.section("Impression", "Conclusion")).strip()
         if impression:
             found["conclusion"] = impression

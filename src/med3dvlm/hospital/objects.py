@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pydicom
 from highdicom import SOPClass
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from pydicom.valuerep import DT
 
 from med3dvlm import __version__
 from med3dvlm.files import atomic_file
@@ -77,10 +77,8 @@ def copy_patient_and_study(made: SOPClass, header: pydicom.Dataset) -> None:
     """Give an object the patient and study of an image, as the image has them."""
     for keyword in TYPE_2:  # also of images whose class highdicom does not know
         made[keyword] = header[keyword]
-    try:
+    with suppress(KeyError):
         made.copy_patient_and_study_information(header)
-    except KeyError:
-        pass
     made.SpecificCharacterSet = UTF_8
 
 
@@ -89,8 +87,9 @@ def device_uid(model: Model) -> str:
     return generate_uid(entropy_srcs=["med3dvlm device", model.weights, model.preparation])
 
 
-def local_time(when: datetime) -> DT:
-    return DT(when.astimezone().replace(microsecond=0, tzinfo=None))
+def local_time(when: datetime) -> str:
+    """As DICOM has it, in the zone of this machine."""
+    return f"{when.astimezone():%Y%m%d%H%M%S}"
 
 
 def dicom_bytes(made: pydicom.Dataset) -> bytes:

@@ -15,6 +15,7 @@ import pydicom
 from med3dvlm.scan.dicom import Slice, slices_of
 from med3dvlm.scan.dicom_pixels import read_dataset
 from med3dvlm.scan.dicom_series import (
+    Item,
     choose_series,
     files_under,
     headers_of,
@@ -102,7 +103,7 @@ def _holds_dicom(path: Path) -> bool:
     return path.is_file() and (is_dicom(path) or zipfile.is_zipfile(path))
 
 
-def _whole_header(item) -> pydicom.Dataset:
+def _whole_header(item: Item) -> pydicom.Dataset:
     header = read_dataset(item.name, item.read(), stop_before_pixels=True)
     for keyword in TYPE_2:
         if keyword not in header:
