@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from alembic import context
 
+import med3dvlm.service.access.tables
 import med3dvlm.service.audit
 import med3dvlm.service.tables
 from med3dvlm.service.database import Base, UtcTime
