@@ -61,6 +61,14 @@ def fail(error: BaseException) -> NoReturn:
     raise SystemExit(1)
 
 
+def need_hospital() -> None:
+    """Refuse in one sentence where the libraries for PACS and FHIR are missing."""
+    try:
+        import med3dvlm.hospital  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this needs {error.name}: pip install 'med3dvlm[pacs]'.") from error
+
+
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -426,7 +426,8 @@ def _dataset(answer: dict[str, Any]) -> pydicom.Dataset:
     """A data set of DICOM JSON, without elements that it cannot hold."""
     dataset = pydicom.Dataset()
     for tag, element in answer.items():
-        if "BulkDataURI" in element:  # pixels, that nobody asked for
+        # pixels, that nobody asked for, or no DICOM JSON at all
+        if not isinstance(element, dict) or "BulkDataURI" in element:
             continue
         try:
             dataset.update(pydicom.Dataset.from_json({tag: element}))
