@@ -148,8 +148,9 @@ def _identity(
     kind: str, values: np.ndarray, source: SourceImages, model: Model, about: str
 ) -> dict[str, Any]:
     """Series, instance and numbers; the same map of the same images gets the same UIDs."""
-    digest = hashlib.sha256(values.tobytes()).hexdigest()
-    seed = [source.first.SeriesInstanceUID, repr(model), about, digest, kind]
+    digest = hashlib.sha256(values.tobytes())
+    digest.update(repr((source.first.SeriesInstanceUID, model, about, kind)).encode())
+    seed = [digest.hexdigest()]
     return {
         "series_instance_uid": generate_uid(entropy_srcs=[*seed, "series"]),
         "series_number": SERIES[kind],

@@ -1,0 +1,19 @@
+"""Outside validators."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def dicom_errors(path: Path) -> list[str]:
+    """What dciodvfy (dicom3tools) calls errors in a DICOM file."""
+    if shutil.which("dciodvfy") is None:
+        pytest.skip("dciodvfy is not installed: apt-get install dicom3tools")
+    done = subprocess.run(["dciodvfy", "-new", str(path)], capture_output=True, timeout=60)
+    lines = (done.stdout + done.stderr).decode("utf-8", "replace").splitlines()
+    assert lines, "dciodvfy said nothing, not even what it read"
+    return [line for line in lines if line.startswith(("Error", "EError"))]
