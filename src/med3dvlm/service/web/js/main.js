@@ -30,7 +30,7 @@ async function start() {
     else return unreachable(error);
   }
   const session = page.session;
-  if (session) session.may = (permission) => session.permissions?.includes(permission) ?? true;
+  if (session) session.may = (permission) => session.permissions.includes(permission);
   useCsrf(session?.csrf);
   return session && (session.mode === "open" || session.user) ? signedIn() : askToSignIn(session);
 }
@@ -81,7 +81,7 @@ function bar() {
     iconButton("keyboard", "Keyboard shortcuts", showHelp, { key: "?" }),
     themeButton(),
     h("div", { class: "who" }, icon("user"),
-      h("span", {}, session.mode === "open" ? "Local reader" : session.display_name || session.user),
+      h("span", {}, session.display_name || session.user),
       session.mode !== "open" && h("span", { class: "role" }, session.role),
       session.mode !== "open" && h("button", { type: "button", class: "quiet", onclick: told(signOut) }, "Sign out")));
 }
@@ -112,9 +112,8 @@ async function signOut() {
 }
 
 function notice(session) {
-  const text = session?.notice || RESEARCH;
-  return h("footer", { class: "notice" }, icon("warning"), h("p", {}, text),
-    session?.mode === "open" && h("p", { class: "open-mode" }, "No accounts: this machine only."));
+  return h("footer", { class: "notice" }, icon("warning"), h("p", {}, session?.model_notice || RESEARCH),
+    session?.mode === "open" && h("p", { class: "open-mode", title: session.notice }, "No accounts: this machine only."));
 }
 
 function showConnection(online) {

@@ -27,12 +27,11 @@ export class Ask {
   async load() {
     const path = `/api/studies/${this.study.id}`;
     const options = { signal: this.signal };
-    const [asked, suggested] = await Promise.all([get(`${path}/questions`, options), get(`${path}/suggestions`, options)]);
-    if (asked.length === 0) fill(this.log, this.#nothing());
-    for (const question of asked) this.#show(question);
-    for (const question of asked) if (!question.answer) this.#follow(question);
-    fill(this.suggestions, ...suggested.suggestions.map(({ text, choices }) =>
-      h("button", { type: "button", class: "suggestion", title: choices?.join(", "), onclick: () => this.ask(text, choices) }, text)));
+    const [{ questions }, { suggestions }] = await Promise.all([get(`${path}/questions`, options), get(`${path}/suggestions`, options)]);
+    if (questions.length === 0) fill(this.log, this.#nothing());
+    for (const question of questions) this.#show(question);
+    for (const question of questions) if (question.answer === null) this.#follow(question);
+    fill(this.suggestions, ...suggestions.map((text) => h("button", { type: "button", class: "suggestion", onclick: () => this.ask(text) }, text)));
     this.#down();
   }
 
@@ -40,7 +39,8 @@ export class Ask {
     this.input.focus();
   }
 
-  async ask(text, choices = this.#offered()) {
+  async ask(text) {
+    const choices = this.#offered();
     const words = text.trim();
     if (!words) return;
     try {
@@ -73,7 +73,7 @@ export class Ask {
         onstate: () => words.replaceChildren(),
         ontoken: (text) => (words.append(text), this.#down()),
       });
-      this.#answer(answer, question, done.result);
+      this.#answer(answer, done.result);
       announce(`Answer: ${answer.querySelector(".words").textContent}`);
     } catch (error) {
       if (error.name === "AbortError") return;
@@ -92,28 +92,30 @@ export class Ask {
       answer);
     this.entries.set(question.id, entry);
     this.log.append(entry);
-    if (question.answer) this.#answer(answer, question, question.answer);
+    if (question.answer !== null) this.#answer(answer, question);
     this.#down();
   }
 
-  #answer(element, question, given) {
-    const { answer, confidence: sure, calibrated, withheld, choices } = given;
-    const explain = () => this.evidence.show({ question: question.id }, `${question.text} ${answer}`);
+  #answer(element, question) {
+    const { id, text, answer, calibrated, withheld, model, weights, preparation } = question;
+    const explain = () => this.evidence.show({ question: id }, `${text} ${answer}`);
     fill(element,
       h("p", { class: "words" }, answer),
       withheld && h("p", { class: "dim" }, "The model is less sure than this server's threshold."),
-      this.#shares(choices),
+      this.#shares(question),
       h("div", { class: "below" },
-        confidence(sure, calibrated),
-        !withheld && h("button", { type: "button", class: "quiet", data: { evidence: question.id }, aria: { pressed: false }, onclick: explain }, icon("flame"), "Evidence"),
-        h("span", { class: "dim figures", title: `Model ${given.model}, weights ${given.weights}, preparation ${given.preparation}` }, `model ${given.model} · ${format.moment(question.created)}`)));
+        confidence(question.confidence, calibrated),
+        !withheld && h("button", { type: "button", class: "quiet", data: { evidence: id }, aria: { pressed: false }, onclick: explain }, icon("flame"), "Evidence"),
+        h("span", { class: "dim figures", title: `Model ${model}, weights ${weights}, preparation ${preparation}` }, `model ${model} · ${format.moment(question.created)}`)));
   }
 
   /** A figure for each choice: how often such an answer is right, or else the model's own share. */
-  #shares(choices) {
-    if (!choices?.length) return null;
-    return h("dl", { class: "shares" }, choices.map(({ choice, confidence: share, likelihood }) =>
-      h("div", {}, h("dt", {}, choice), h("dd", { vars: { share: String(share ?? likelihood) }, title: share === null ? "The model's own share; not calibrated" : "Calibrated" }, format.percent(share ?? likelihood)))));
+  #shares({ choices_confidence, choices_likelihood }) {
+    const shares = choices_confidence ?? choices_likelihood;
+    if (!shares) return null;
+    const title = choices_confidence ? "Calibrated" : "The model's own share; not calibrated";
+    return h("dl", { class: "shares", title }, Object.entries(shares).map(([choice, share]) =>
+      h("div", {}, h("dt", {}, choice), h("dd", { vars: { share: String(share) } }, format.percent(share)))));
   }
 
   #nothing() {

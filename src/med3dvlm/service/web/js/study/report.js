@@ -54,7 +54,9 @@ export class Report {
 
   /** A draft that was begun before this page was loaded. */
   async #takeUp() {
-    if (this.given.job) return this.#stream(this.given.job);
+    const { jobs } = await get(`/api/jobs?study=${this.study.id}`, { signal: this.signal });
+    const job = jobs.find(({ kind, state }) => kind === "report" && (state === "queued" || state === "running"));
+    if (job) return this.#stream(job.id);
     return setTimeout(() => this.signal.aborted || this.load().catch(complain), POLL_MS);
   }
 
@@ -309,7 +311,7 @@ export class Report {
         : h("div", { class: "line" },
           h("progress", { max: this.sentences.length || 1, value: checked, aria: { label: "Sentences checked" } }),
           h("span", { class: "dim figures" }, `${checked} of ${this.sentences.length} checked`)),
-      !final && given.calibrated && this.#threshold());
+      given.calibrated ? !final && this.#threshold() : h("p", { class: "dim" }, "Confidence: not calibrated. Nobody knows how often this model's sentences are right."));
   }
 
   #threshold() {
@@ -367,7 +369,7 @@ export class Report {
       h("div", { class: "marks" },
         data.withheld && h("span", { class: "badge draft" }, "Cannot tell"),
         STATUS[status] && h("span", { class: `mark ${status}` }, STATUS[status]),
-        status !== "added" && confidence(sentence.confidence, this.given.calibrated)),
+        status !== "added" && this.given.calibrated && confidence(sentence.confidence, true)),
       chosen && this.open && this.#actions(sentence));
   }
 

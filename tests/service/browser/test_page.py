@@ -1,0 +1,180 @@
+"""What the page owes to everybody: access, hostile text as text, a connection that may break."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+import med3dvlm.service
+from med3dvlm.scan import read_scan, save_dicom_series
+from tests.service.browser.conftest import Site, open_study, sign_in
+
+WEB = Path(med3dvlm.service.__file__).parent / "web"
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+# --- access ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_axe_finds_no_serious_fault_on_any_view(page: Page, site: Site, study, theme):
+    page.add_init_script(f"localStorage.setItem('med3dvlm.theme', '{theme}')")
+    page.goto("/")
+    page.get_by_label("Password").wait_for()
+    _no_serious_fault(page)
+    sign_in(page, site)
+    page.locator(".studies tbody tr").first.wait_for()
+    _no_serious_fault(page)
+    page.keyboard.press("?")
+    _no_serious_fault(page)
+    page.keyboard.press("Escape")
+    open_study(page, study)
+    _draft(page)
+    _no_serious_fault(page)
+    page.get_by_role("button", name="Accept").first.click()
+    page.keyboard.press("i")
+    _no_serious_fault(page)
+    page.keyboard.press("Escape")
+    page.keyboard.press("Y")
+    page.keyboard.press("S")
+    page.get_by_role("dialog").wait_for()
+    _no_serious_fault(page)
+    page.keyboard.press("Escape")
+    for key in "vb":
+        page.keyboard.press(key)
+        _no_serious_fault(page)
+    page.keyboard.press("g")
+    page.get_by_label("Question", exact=True).wait_for()
+    _no_serious_fault(page)
+    page.goto("/#/search?text=effusion")
+    page.locator(".hit, .hits .empty").first.wait_for()
+    _no_serious_fault(page)
+
+
+def _draft(page: Page) -> None:
+    page.locator(".report .sentence, .report .empty").first.wait_for()
+    button = page.get_by_role("button", name="Draft a report")
+    if button.count():
+        button.click()
+    page.locator(".sentence").first.wait_for()
+
+
+def _no_serious_fault(page: Page) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    serious = [
+        (one["id"], [node["html"][:200] for node in one["nodes"]])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
+    assert not serious
+
+
+def test_nothing_is_cut_off_at_twice_the_size(signed_in: Page, study):
+    signed_in.set_viewport_size({"width": 640, "height": 360})
+    for view in ("#/", f"#/study/{study['id']}", "#/search?text=effusion"):
+        signed_in.goto(f"/{view}")
+        signed_in.wait_for_load_state("networkidle")
+        wide = signed_in.evaluate("document.scrollingElement.scrollWidth")
+        assert wide <= 640, view
+        expect(signed_in.get_by_text("Not a medical device")).to_be_in_viewport()
+
+
+def test_single_keys_can_be_turned_off(signed_in: Page):
+    signed_in.keyboard.press("?")
+    help_ = signed_in.get_by_role("dialog", name="Keyboard shortcuts")
+    expect(help_).to_contain_text("Next study")
+    help_.get_by_label("Single-key shortcuts").uncheck()
+    signed_in.keyboard.press("Escape")
+    signed_in.keyboard.press("f")
+    expect(signed_in).to_have_url(re.compile(r"/(#/)?$"))
+
+
+# --- hostile text ---------------------------------------------------------------------------
+
+
+def test_a_script_is_shown_as_text(signed_in: Page, site: Site, phantom_series, tmp_path):
+    scan = read_scan(phantom_series)
+    other = replace(scan, array=scan.array[::2, ::2, ::2].copy())
+    names = {"PatientName": f"{HOSTILE}^Eve", "PatientID": "EVE", "StudyDescription": HOSTILE}
+    save_dicom_series(other, tmp_path / "eve", attributes=names)
+    study = site.upload(tmp_path / "eve")
+    signed_in.goto("/#/")
+    expect(signed_in.locator("tr", has_text="EVE")).to_contain_text(HOSTILE)
+    open_study(signed_in, study)
+    expect(signed_in.locator(".crumb")).to_contain_text(HOSTILE)
+    _draft(signed_in)
+    signed_in.keyboard.press("i")
+    signed_in.keyboard.type(HOSTILE)
+    signed_in.keyboard.press("Enter")
+    expect(signed_in.locator(".sentence ins").first).to_contain_text(HOSTILE)
+    expect(signed_in.locator(".saved")).to_contain_text("Saved")
+    signed_in.keyboard.press("v")
+    expect(signed_in.locator(".changes")).to_contain_text(HOSTILE)
+    assert signed_in.locator("img[onerror], main script").count() == 0
+
+
+def test_no_file_of_the_page_makes_elements_of_text():
+    markup = re.compile(r"\.(innerHTML|outerHTML|insertAdjacentHTML|srcdoc)|document\.write|eval\(")
+    for file in (WEB / "js").rglob("*.js"):
+        assert not markup.search(file.read_text()), file
+    page = (WEB / "index.html").read_text()
+    assert not re.search(r"<script>|<style|style=|\son[a-z]+=|https?://", page)
+
+
+# --- the connection -------------------------------------------------------------------------
+
+
+def test_a_stream_that_breaks_off_goes_on_after_the_last_event(signed_in: Page, study):
+    asked_after: list[str | None] = []
+
+    def cut(route) -> None:
+        after = route.request.headers.get("last-event-id")
+        asked_after.append(after)
+        if after is not None:
+            route.continue_()
+            return
+        response = route.fetch()
+        events = response.text().split("\n\n")
+        route.fulfill(response=response, body="\n\n".join([*events[:2], ""]))
+
+    signed_in.route("**/api/jobs/*/events", cut)
+    open_study(signed_in, study)
+    signed_in.keyboard.press("g")
+    signed_in.keyboard.type("Is there ascites?")
+    signed_in.keyboard.press("Enter")
+    expect(signed_in.locator(".answer .confidence").last).to_be_visible()
+    assert asked_after[0] is None and asked_after[1] is not None
+
+
+def test_a_lost_server_is_told_and_found_again(signed_in: Page):
+    lost = signed_in.get_by_text("No connection")
+    expect(lost).to_be_hidden()
+    signed_in.context.set_offline(True)
+    expect(lost).to_be_visible()
+    signed_in.context.set_offline(False)
+    expect(lost).to_be_hidden()
+
+
+# --- what it carries ------------------------------------------------------------------------
+
+
+def test_carried_packages_are_the_ones_that_are_pinned():
+    folder = WEB / "vendor"
+    pinned = {"vendor.json"}
+    for package in json.loads((folder / "vendor.json").read_text()):
+        assert re.fullmatch(r"[\d.]+", package["version"])
+        assert "Copyright" in (folder / package["licence"]).read_text()
+        pinned.add(package["licence"])
+        for file in package["files"]:
+            content = (folder / file["to"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == file["sha256"], file["to"]
+            pinned.add(file["to"])
+    assert {file.name for file in folder.iterdir()} == pinned
