@@ -5,11 +5,11 @@ The package's own TLS ends in a segmentation fault, so a relay stands before it,
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import shutil
 import socket
-import socketserver
 import ssl
 import subprocess
 import threading
@@ -88,32 +88,26 @@ def tls_relay(pair: Path, port: int) -> Iterator[int]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair)
 
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            with suppress(OSError), context.wrap_socket(self.request, server_side=True) as outer:
-                with socket.create_connection(("127.0.0.1", port)) as inner:
-                    back = threading.Thread(target=pump, args=(inner, outer), daemon=True)
-                    back.start()
-                    pump(outer, inner)
-                    back.join(5)
-
-    def pump(come: socket.socket, go: socket.socket) -> None:
+    async def pump(come: asyncio.StreamReader, go: asyncio.StreamWriter) -> None:
         with suppress(OSError):
-            while data := come.recv(65536):
-                go.sendall(data)
-        with suppress(OSError):
-            go.shutdown(socket.SHUT_WR)
+            while data := await come.read(65536):
+                go.write(data)
+                await go.drain()
+        go.close()
 
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
+    async def relay(come: asyncio.StreamReader, go: asyncio.StreamWriter) -> None:
+        inner_come, inner_go = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(come, inner_go), pump(inner_come, go))
 
-        def handle_error(self, *_: object) -> None:
-            pass  # clients that do not trust the certificate hang up
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        yield server.server_address[1]
-        server.shutdown()
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(relay, "127.0.0.1", 0, ssl=context))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(5)
 
 
 def free_port() -> int:
