@@ -49,6 +49,8 @@ NOT_LOCAL = (
     "med3dvlm users add NAME --role administrator"
 )
 
+AWAY = "The database does not answer; try again in a moment."
+
 _log = logging.getLogger(__name__)
 
 
@@ -167,11 +169,13 @@ class Gate:
         try:
             most = await to_thread.run_sync(self._decide, request, limiter=self._threads)
         except HTTPException as error:
-            await _answer(error)(scope, receive, send)
+            await _answer(error, request)(scope, receive, send)
         except UNREACHABLE:
             _log.exception("the database does not answer")
-            error = HTTPException(503, "The database does not answer.", {"Retry-After": "5"})
-            await _answer(error)(scope, receive, send)
+            error = HTTPException(
+                503, "The database does not answer; try again in a moment.", {"Retry-After": "10"}
+            )
+            await _answer(error, request)(scope, receive, send)
         else:
             await self.app(scope, limited(receive, most), send)
 
@@ -333,5 +337,8 @@ def _unknown(sentence: str) -> HTTPException:
     return HTTPException(401, sentence, {"WWW-Authenticate": "Bearer"})
 
 
-def _answer(error: HTTPException) -> JSONResponse:
-    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+def _answer(error: HTTPException, request: Request) -> JSONResponse:
+    headers = dict(error.headers or {})
+    if request.method not in SAFE:  # what is still to come of the body, nobody reads
+        headers["Connection"] = "close"
+    return JSONResponse({"detail": error.detail}, error.status_code, headers)

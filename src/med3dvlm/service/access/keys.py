@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import select, update
@@ -15,11 +16,13 @@ from med3dvlm.service.access.permissions import check_role
 from med3dvlm.service.access.tables import ApiKey, hashed
 from med3dvlm.service.access.users import AccountError, NoSuchAccount, account_name
 from med3dvlm.service.audit import record
-from med3dvlm.service.database import Database, new_id, serialise, utc_now
+from med3dvlm.service.database import UNREACHABLE, Database, new_id, serialise, utc_now
 
 PREFIX = "m3d_"
 MOST_DAYS = 366
 USED_EVERY = timedelta(minutes=1)
+
+_log = logging.getLogger(__name__)
 
 
 def public(key: ApiKey) -> dict[str, Any]:
@@ -89,6 +92,13 @@ def find(database: Database, token: str, *, address: str) -> Identity | None:
     if key is None or key.revoked is not None or key.expires <= now:
         return None
     if key.used is None or now - key.used > USED_EVERY:
-        with database.session() as session:
-            session.execute(update(ApiKey).where(ApiKey.id == key.id).values(used=now))
+        _note_used(database, key.id, now)
     return Identity(f"key:{key.name}", key.name, key.role, "key", address)
+
+
+def _note_used(database: Database, id: str, now: datetime) -> None:
+    try:
+        with database.session() as session:
+            session.execute(update(ApiKey).where(ApiKey.id == id).values(used=now))
+    except UNREACHABLE as error:  # a full disk must not keep anyone from reading
+        _log.warning("when a key was last used could not be noted: %s", error)

@@ -8,11 +8,12 @@ role or password changes or it is disabled.
 from __future__ import annotations
 
 import hmac
+import logging
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
 from med3dvlm.service.access.identity import Identity
@@ -20,7 +21,7 @@ from med3dvlm.service.access.passwords import hash_password, is_outdated, matche
 from med3dvlm.service.access.tables import Attempts, SignedIn, User, hashed
 from med3dvlm.service.access.users import end_sessions
 from med3dvlm.service.audit import record
-from med3dvlm.service.database import Database, serialise, utc_now
+from med3dvlm.service.database import UNREACHABLE, Database, serialise, utc_now
 from med3dvlm.service.settings import Settings
 
 FREE_FROM_ADDRESS = 5
@@ -32,6 +33,8 @@ LONGEST_WAIT = timedelta(minutes=15)
 FORGIVEN = timedelta(days=1)
 SEEN_EVERY = timedelta(minutes=1)
 """How exactly is known when a session was last seen: each time is a write."""
+
+_log = logging.getLogger(__name__)
 
 REFUSED = "The name or the password is wrong."
 
@@ -148,10 +151,12 @@ def _identity(user: User, address: str) -> Identity:
 
 
 def _note_seen(database: Database, token: str, now: datetime) -> None:
-    with database.session() as session:
-        row = session.get(SignedIn, token)
-        if row is not None and row.seen < now:
-            row.seen = now
+    later = update(SignedIn).where(SignedIn.token == token, SignedIn.seen < now).values(seen=now)
+    try:
+        with database.session() as session:
+            session.execute(later)
+    except UNREACHABLE as error:  # a full disk must not keep anyone from reading
+        _log.warning("when a session was last seen could not be noted: %s", error)
 
 
 def _count_attempt(session: Session, keys: dict[str, int]) -> None:
