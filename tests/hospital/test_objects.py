@@ -31,7 +31,7 @@ from med3dvlm.hospital.export import DICOM_FORMATS, export_report, report_object
 from med3dvlm.hospital.report import clean, one_line
 from med3dvlm.scan import save_nifti
 from tests.hospital.conftest import MODEL, write_series
-from tests.hospital.validate import dicom_errors
+from tests.hospital.validate import dicom_errors, texts
 
 NOW = datetime(2026, 3, 4, 15, 6, 7, tzinfo=UTC)
 NASTY = (
@@ -58,12 +58,6 @@ def report(signature=SIGNED, lines=LINES, **facts):
 @pytest.fixture(scope="module")
 def source(series):
     return read_source(series)
-
-
-def texts(dataset):
-    """All text values of a content tree, in their order."""
-    found = [str(dataset.TextValue)] if dataset.get("ValueType") == "TEXT" else []
-    return found + [t for item in dataset.get("ContentSequence", ()) for t in texts(item)]
 
 
 @pytest.mark.parametrize("signature", SIGNATURES)

@@ -1,4 +1,4 @@
-"""Outside validators."""
+"""Outside validators, and what a report says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pydicom
 import pytest
 
 
@@ -17,3 +18,9 @@ def dicom_errors(path: Path) -> list[str]:
     lines = (done.stdout + done.stderr).decode("utf-8", "replace").splitlines()
     assert lines, "dciodvfy said nothing, not even what it read"
     return [line for line in lines if line.startswith(("Error", "EError"))]
+
+
+def texts(dataset: pydicom.Dataset) -> list[str]:
+    """All text values of a content tree, in their order."""
+    found = [str(dataset.TextValue)] if dataset.get("ValueType") == "TEXT" else []
+    return found + [t for item in dataset.get("ContentSequence", ()) for t in texts(item)]

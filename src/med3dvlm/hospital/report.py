@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 
-from med3dvlm.sentences import split_report
+from med3dvlm.sentences import SECTIONS, split_report
 
+ORDER = ("", *SECTIONS, "Addendum")
 UNSIGNED = "Unsigned draft: no person has checked it."
 
 
@@ -31,7 +32,8 @@ class Model:
     preparation: str
 
     def __str__(self) -> str:
-        return f"model {self.name}, weights {self.weights}, preparation {self.preparation}"
+        preparation = f", preparation {self.preparation}" if self.preparation else ""
+        return f"model {self.name}, weights {self.weights}{preparation}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,9 @@ class Report:
         return any(line.section == "Addendum" for line in self.lines)
 
     def sections(self) -> Iterator[tuple[str, Sequence[Line]]]:
-        """Runs of sentences under one heading, in their order; none that is blank."""
+        """The sentences under each heading, in the order of :data:`ORDER`; none that is blank."""
         said = [line for line in self.lines if line.text.strip()]
+        said.sort(key=lambda line: ORDER.index(line.section) if line.section in ORDER else 0)
         for section, lines in groupby(said, key=lambda line: line.section):
             yield section, list(lines)
 

@@ -21,6 +21,7 @@ from med3dvlm.service.access.install import install
 from med3dvlm.service.api import (
     evidence,
     health,
+    hospital,
     jobs,
     openai,
     questions,
@@ -37,7 +38,7 @@ from med3dvlm.service.settings import Settings
 from med3dvlm.service.work import Worker
 
 WEB = Path(__file__).parent / "web"
-ROUTERS = (studies, questions, reports, evidence, search, jobs, openai)
+ROUTERS = (studies, questions, reports, evidence, search, jobs, openai, hospital)
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -80,6 +80,7 @@ class Settings(BaseModel):
     lease_s: float = Field(30, gt=0, description="A worker silent for so long has died.")
     attempts: int = Field(3, ge=1, description="Times that a job is tried.")
     streams: int = Field(200, ge=1, description="Event streams open at a time; beyond: 503.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Of `med3dvlm work`; 0: none.")
     events_kept_h: float = Field(24, gt=0, description="Hours that a job's events are kept.")
 
     # what comes in
@@ -105,6 +106,22 @@ class Settings(BaseModel):
     oidc_role_claim: str = Field("groups", description="Claim that says what the user is.")
     oidc_roles: Pairs = Field({}, description="value=role, …: that claim's values to roles.")
     oidc_ca: Path | None = Field(None, description="Certificates that the provider's is signed by.")
+
+    # hospital
+    pacs_url: str = Field("", description="DICOMweb service of the PACS; empty: none.")
+    pacs_user: str = Field("", description="With pacs_password, for Basic authentication.")
+    pacs_password: SecretStr = SecretStr("")
+    pacs_token: SecretStr = Field(SecretStr(""), description="Bearer token, in place of a user.")
+    pacs_ca: Path | None = Field(None, description="PEM file of who signed its certificate.")
+    pacs_certificate: Path | None = Field(None, description="Client certificate, PEM.")
+    pacs_key: Path | None = Field(None, description="Its key, PEM.")
+    pacs_timeout_s: float = Field(60, gt=0, description="That the PACS may be silent.")
+    pacs_limit_mb: int = Field(8192, ge=1, description="Largest study that is fetched, MB.")
+    organization: str = Field("", description="Of the signers; else that of the images.")
+    language: str = Field("en", pattern=r"^[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*$")
+    pdf_fonts: Names = Field(
+        (), description="Fonts for letters that DejaVu Sans lacks, such as Chinese."
+    )
 
     @property
     def database_url(self) -> str:
