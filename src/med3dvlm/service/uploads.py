@@ -10,6 +10,8 @@ checked; from a zip come only the DICOM and NIfTI files, the rest stays in it.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import re
 import shutil
 import stat
@@ -344,8 +346,6 @@ def _check_end(name: str, path: Path) -> None:
     try:
         with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
             found = bool(archive.infolist())
-    except UploadRefused:
-        found = True
     except Exception:  # compressed pixels that happen to hold the four bytes of a zip's end
         found = False
     if found:
@@ -353,12 +353,14 @@ def _check_end(name: str, path: Path) -> None:
 
 
 class _Bounded(FileIO):
-    """A file that is never read in one piece: an archive's table of contents can claim any size."""
+    """A file of which little is read at a time: a zip's table of contents can claim any size."""
 
     LIMIT = 16 * 2**20
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0 or size > self.LIMIT:
+        if size is None or size < 0:
+            size = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        if size > self.LIMIT:
             raise UploadRefused("A zip's table of contents is too large; pack fewer files.", 413)
         return super().read(size) or b""
 
@@ -372,9 +374,10 @@ def _unpack(name: str, path: Path, taken: _Taken) -> int:
             _check_disk(taken.folder, sum(info.file_size for info in members))
             files = [info for info in members if not info.is_dir()]
             return sum(not _take(name, archive, info, taken) for info in files)
-    except (HTTPException, OSError):
-        raise
-    except Exception as error:  # corrupt archives raise many kinds
+    except Exception as error:  # corrupt archives raise many kinds, also EINVAL for wild offsets
+        ours = isinstance(error, OSError) and error.errno != errno.EINVAL
+        if ours or isinstance(error, HTTPException):
+            raise
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise UploadRefused(f"{name}: the zip cannot be read ({reason}); pack it again.") from error
 
