@@ -27,6 +27,7 @@ from med3dvlm.cli import (
     pacs,
     phantoms,
     read,
+    service,
     store,
     train,
 )
@@ -75,6 +76,9 @@ app.add_typer(evaluate.app, name="evaluate")
 app.command("experiment")(experiment.experiment)
 app.add_typer(models.app, name="model")
 app.add_typer(benchmark.app, name="benchmark")
+app.command("serve")(service.serve)
+app.command("work")(service.work)
+app.add_typer(service.app, name="service")
 app.add_typer(access.users_app, name="users")
 app.add_typer(access.keys_app, name="keys")
 app.add_typer(access.audit_app, name="audit")

@@ -46,7 +46,7 @@ class Storage(Protocol):
         """Remove every file whose key begins with the prefix, a folder."""
         ...
 
-    def keys(self) -> Iterator[str]:
+    def list_keys(self) -> Iterator[str]:
         """Every key."""
         ...
 
@@ -79,7 +79,7 @@ class FolderStorage:
     def delete(self, prefix: str) -> None:
         shutil.rmtree(self.root / prefix, ignore_errors=True)
 
-    def keys(self) -> Iterator[str]:
+    def list_keys(self) -> Iterator[str]:
         for path in sorted(self.root.rglob("*")):
             if path.is_file() and not path.name.startswith("."):
                 yield path.relative_to(self.root).as_posix()
@@ -123,7 +123,7 @@ class RemoteStorage:
         if self.files.exists(self._at(prefix)):
             self.files.rm(self._at(prefix), recursive=True)
 
-    def keys(self) -> Iterator[str]:
+    def list_keys(self) -> Iterator[str]:
         for path in sorted(self.files.find(self.root)):
             yield path.removeprefix(self.root).lstrip("/")
 

@@ -271,10 +271,18 @@ class Worker:
                 self.stopping.wait(1)
                 continue
             if jobs:
-                self.work(jobs)
+                self._work_safely(jobs)
             else:
                 self.awake.wait(POLL_S)
                 self.awake.clear()
+
+    def _work_safely(self, jobs: Sequence[Job]) -> None:
+        """Whatever happens, go on: a job whose end could not be written is begun anew in time."""
+        try:
+            self.work(jobs)
+        except Exception:
+            log.exception("jobs %s could not be ended", [job.id for job in jobs])
+            self.held = {}
 
     def _run_safely(self) -> None:
         try:
@@ -356,7 +364,7 @@ class Worker:
             end(session, job, "cancelled")
         elif isinstance(outcome, Outcome):
             end(session, job, "done", result=outcome.apply(session, job))
-        elif isinstance(outcome, Cancelled | UNREACHABLE):
+        elif isinstance(outcome, (Cancelled, *UNREACHABLE)):
             requeue(session, job, counted=False)
         elif isinstance(outcome, ValueError | LookupError):
             end(session, job, "failed", error=str(outcome))

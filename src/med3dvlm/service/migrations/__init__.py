@@ -13,15 +13,15 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
 from med3dvlm.service.database import Database, DatabaseError
 
 LOCK = 0x4D334456  # of PostgreSQL: one process brings the schema forward at a time
 
 
-def migrate(database: Database) -> str:
-    """Bring the schema to this version's; says which it was before ("" for an empty database).
+def migrate(database: Database, *, to: str = "head") -> str:
+    """Bring the schema to this version's, or one before; says which it was ("" for none).
 
     Raises:
         DatabaseError: if the database is of a later version of the program.
@@ -32,10 +32,10 @@ def migrate(database: Database) -> str:
             connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
             connection.commit()
         try:
-            before = _revision(connection)
+            before = revision_of(connection)
             _check_known(config, before)
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, to)
             connection.commit()
         finally:
             if database.dialect == "postgresql":
@@ -47,19 +47,20 @@ def migrate(database: Database) -> str:
 def is_current(database: Database) -> bool:
     """Whether the schema is that of this version."""
     with database.engine.connect() as connection:
-        return _revision(connection) == ScriptDirectory.from_config(_config()).get_current_head()
+        return revision_of(connection) == ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def revision_of(connection: Connection) -> str:
+    """The schema of a database; "" for an empty one."""
+    found = MigrationContext.configure(connection).get_current_revision() or ""
+    connection.rollback()
+    return found
 
 
 def _config() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     return config
-
-
-def _revision(connection) -> str:
-    found = MigrationContext.configure(connection).get_current_revision() or ""
-    connection.rollback()
-    return found
 
 
 def _check_known(config: Config, revision: str) -> None:
