@@ -227,8 +227,9 @@ def test_a_watcher_feeds_the_service_once(served, pacs_address, tmp_path):
     draft = IntoService(served.url, key=served.key)
     with Pacs(pacs_address) as pacs:
         pacs.send(slices)
-        watcher = Watcher(pacs, rules, tmp_path / "watch.db", draft)
-        assert watcher.look() == [slices[0].StudyInstanceUID]
+        said: list[str] = []
+        watcher = Watcher(pacs, rules, tmp_path / "watch.db", draft, say=said.append)
+        assert watcher.look() == [slices[0].StudyInstanceUID], said
         entry = watcher.memory.entry(slices[0].StudyInstanceUID)
         # as after a crash just before it was remembered
         watcher.memory.note(entry.uid, state="taken")

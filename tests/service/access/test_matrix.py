@@ -46,7 +46,9 @@ MEANT: dict[str, set[str]] = {
     "GET /api/studies/{study_id}/export": {V, S},
     "GET /api/studies/{study_id}/evidence/{job_id}/export": {V, S},
     "POST /api/studies/{study_id}/send": {V},
+    "GET /api/pacs": {V, S},
     "GET /api/pacs/studies": {V, S},
+    "GET /api/pacs/studies/{study_uid}/series": {V, S},
     "POST /api/pacs/import": {V, S},
     "GET /metrics": ALL,
     "PUT /api/session/password": ALL | {PERSON},
@@ -126,9 +128,11 @@ def test_public_ones(place, endpoint):
     assert ask(place.client(), endpoint).status_code not in (401, 403)
 
 
-@pytest.mark.parametrize("path", ["/api/studies/", "//api/studies", "/API/studies", "/api/studies%2F",
-                                  "/api/./studies", "/api/x/../studies", "/api/studies;x",
-                                  "/%61pi/studies", "/api/studies\u00a0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    ["/api/studies/", "//api/studies", "/API/studies", "/api/studies%2F", "/api/./studies",
+     "/api/x/../studies", "/api/studies;x", "/%61pi/studies", "/api/studies\u00a0"],
+)  # fmt: skip
 def test_no_other_spelling_leads_around_the_gate(place, path):
     answer = place.client().get(path, follow_redirects=True)
     assert answer.status_code in (401, 404)
