@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from med3dvlm.notice import notice_of
 from med3dvlm.service import audit
 from med3dvlm.service.access import keys, sessions, users
 from med3dvlm.service.access.gate import OPEN_NOTICE, address_of, cookie_name
@@ -76,6 +77,7 @@ class SessionInfo(BaseModel):
     mode: str
     oidc: bool
     notice: str
+    model_notice: str
 
 
 class UserInfo(BaseModel):
@@ -201,6 +203,7 @@ def _session_info(request: Request, identity: Identity | None, csrf: str) -> Ses
         mode="open" if is_open else "accounts",
         oidc=request.app.state.oidc is not None,
         notice=OPEN_NOTICE if is_open else "",
+        model_notice=notice_of(_settings(request).model),
     )
 
 

@@ -11,7 +11,7 @@ PAGE_POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' data: blob:",  # NiiVue's textures
+        "img-src 'self' data:",  # NiiVue's textures
         "font-src 'self'",
         "connect-src 'self'",
         "manifest-src 'self'",

@@ -262,7 +262,7 @@ class Provider:
         try:
             _check_secure(url)
             with self._client() as client:
-                response = client.get(url, withhold_token=True)
+                response = client.request("GET", url, withhold_token=True)
                 response.raise_for_status()
                 return response.json()
         except (HTTPError, InvalidURL, ValueError) as error:
