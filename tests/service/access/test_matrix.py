@@ -72,7 +72,12 @@ MEANT_PUBLIC = {
     "GET /health/ready",
     "GET /openapi.json",
 }
-NOTHING = {"study_id": "0" * 32, "job_id": "0" * 32, "id": "0" * 32, "name": "nobody", "number": 1}
+NOTHING = {
+    **{name: "0" * 32 for name in ("study_id", "job_id", "id")},
+    "study_uid": "1.2.3",
+    "name": "nobody",
+    "number": 1,
+}
 """What paths are filled with: things that are not there."""
 
 
