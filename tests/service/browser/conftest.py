@@ -42,10 +42,10 @@ class Site:
 
     def client(self) -> httpx.Client:
         """Signed in as the reviewer."""
-        client = httpx.Client(base_url=self.url, timeout=60)
-        session = client.post("/api/session", json={"name": self.name, "password": self.password})
-        client.headers["X-CSRF-Token"] = session.raise_for_status().json()["csrf"]
-        return client
+        who = {"name": self.name, "password": self.password}
+        session = httpx.post(f"{self.url}/api/session", json=who).raise_for_status()
+        headers = {"X-CSRF-Token": session.json()["csrf"]}
+        return httpx.Client(base_url=self.url, cookies=session.cookies, headers=headers, timeout=60)
 
     def upload(self, path: Path) -> dict:
         """Put a file, or the files of a folder, in; the study when it is ready."""

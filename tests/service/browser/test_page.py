@@ -148,7 +148,7 @@ def test_a_stream_that_breaks_off_goes_on_after_the_last_event(signed_in: Page, 
     signed_in.route("**/api/jobs/*/events", cut)
     open_study(signed_in, study)
     signed_in.keyboard.press("g")
-    signed_in.keyboard.type("Is there ascites?")
+    signed_in.keyboard.type("Is there lung opacity?")
     signed_in.keyboard.press("Enter")
     expect(signed_in.locator(".answer .confidence").last).to_be_visible()
     assert asked_after[0] is None and asked_after[1] is not None

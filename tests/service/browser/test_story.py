@@ -8,6 +8,7 @@ import re
 import numpy as np
 from PIL import Image
 from playwright.sync_api import Page, expect
+from pydicom import dcmread
 
 from tests.service.browser.conftest import Site
 
@@ -25,7 +26,7 @@ def test_from_signing_in_to_the_exported_report(page: Page, site: Site, phantom_
 
     files = [str(file) for file in sorted(phantom_series.rglob("*")) if file.is_file()]
     page.locator("input[type=file]:not([webkitdirectory])").set_input_files(files)
-    row = page.locator("tr", has_text="PH2000007")
+    row = page.locator("tr", has_text=str(dcmread(files[0]).PatientID))
     expect(row.get_by_text("No report")).to_be_visible()
     row.locator("a.name").focus()
     page.keyboard.press("Enter")

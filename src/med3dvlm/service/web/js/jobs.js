@@ -15,17 +15,18 @@ const WAITS_MS = [500, 1000, 2000, 4000, 8000];
 export async function follow(id, { ontoken, onstate, signal } = {}) {
   let last = null;
   for (let failures = 0; ; ) {
+    let heard = false;
     try {
       for await (const event of events(id, last, signal)) {
-        failures = 0;
+        [failures, heard] = [0, true];
         last = event.id ?? last;
         if (event.name === "token") ontoken?.(event.data.text ?? event.data);
         else if (event.name === "state") onstate?.(event.data);
         else if (ENDED.has(event.name)) return await outcome(id, signal);
       }
-      // ended without a last word, as behind a proxy with a time limit: ask, then go on
-      const job = await get(`/api/jobs/${id}`, { signal });
-      if (ENDED.has(job.state)) return finished(job);
+      // nothing more to hear, and no last word: its events are no longer kept
+      const job = heard ? null : await get(`/api/jobs/${id}`, { signal });
+      if (job && ENDED.has(job.state)) return finished(job);
     } catch (error) {
       if (error.name === "AbortError" || final(error)) throw error;
     }

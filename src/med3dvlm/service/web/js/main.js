@@ -14,7 +14,7 @@ const PING_MS = 3000;
 const RESEARCH = "Research use only. Not a medical device; a clinician must check every word.";
 
 const app = document.getElementById("app");
-const page = { session: null, leave: null, main: null };
+const page = { session: null, model: null, leave: null, main: null };
 
 function go(hash) {
   location.hash = hash;
@@ -24,15 +24,16 @@ async function start() {
   theme.apply();
   listen({ signedOut: () => page.session && signedOut(), connection: showConnection });
   try {
-    page.session = await get("/api/session");
+    const session = await get("/api/session");
+    useCsrf(session.csrf);
+    if (!session.user) return askToSignIn(session);
+    session.may = (permission) => session.permissions.includes(permission);
+    page.model = await get("/api/model");
+    page.session = session;
+    return signedIn();
   } catch (error) {
-    if (error.status === 401) page.session = null;
-    else return unreachable(error);
+    return unreachable(error);
   }
-  const session = page.session;
-  if (session) session.may = (permission) => session.permissions.includes(permission);
-  useCsrf(session?.csrf);
-  return session && (session.mode === "open" || session.user) ? signedIn() : askToSignIn(session);
 }
 
 function unreachable(error) {
@@ -46,7 +47,7 @@ function askToSignIn(session) {
   page.session = null;
   document.title = "Sign in – med3dvlm";
   const main = h("main", { id: "main", class: "alone" });
-  fill(app, main, notice(session));
+  fill(app, main, notice(RESEARCH));
   signInView(main, session, start);
 }
 
@@ -59,7 +60,7 @@ function signedOut() {
 
 function signedIn() {
   page.main = h("main", { id: "main", tabindex: "-1" });
-  fill(app, bar(), page.main, notice(page.session));
+  fill(app, bar(), page.main, notice(page.model.notice));
   scope("Everywhere", [
     { key: "?", label: "This help", run: showHelp },
     { key: "w", label: "Worklist", run: () => go("#/") },
@@ -111,8 +112,9 @@ async function signOut() {
   await start();
 }
 
-function notice(session) {
-  return h("footer", { class: "notice" }, icon("warning"), h("p", {}, session?.model_notice || RESEARCH),
+function notice(text) {
+  const { session } = page;
+  return h("footer", { class: "notice" }, icon("warning"), h("p", {}, text),
     session?.mode === "open" && h("p", { class: "open-mode", title: session.notice }, "No accounts: this machine only."));
 }
 

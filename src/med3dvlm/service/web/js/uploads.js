@@ -38,7 +38,7 @@ export function uploads(page, { onadded }) {
         },
       });
       entry.remove();
-      announce(`${name} was added.`);
+      announce(`Added: ${name}.`);
       onadded(study);
     } catch (error) {
       entry.remove();

@@ -41,6 +41,6 @@ export function signInView(main, session, done) {
     h("label", { for: "name" }, "Name"), name,
     h("label", { for: "password" }, "Password"), password,
     problem, button,
-    session?.oidc && h("a", { class: "button", href: "/api/oidc/login" }, "Sign in with the hospital account")));
+    session.oidc && h("a", { class: "button", href: "/api/oidc/login" }, "Sign in with the hospital account")));
   name.focus();
 }
