@@ -21,8 +21,8 @@ import httpx
 
 from med3dvlm.data.phantoms import make_study
 from med3dvlm.data.phantoms.layouts import nifti
-from tests.service.processes import Process, accepted, upload, wait
-from tests.service.test_faults import check_signatures, stop_server
+from tests.service.processes import Process, accepted, stop_postgres, upload, wait
+from tests.service.test_faults import check_signatures
 
 LEASE = {"lease_s": 2}
 
@@ -108,7 +108,7 @@ def stop_database(folder: Path, seconds: float) -> dict[str, object]:
         with service.client as client:
             study = upload(client, file)
             job = client.post(f"/api/studies/{study}/report", json={}).json()["job"]["id"]
-            stop_server(server)
+            stop_postgres(server)
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 found[client.get("/api/studies").status_code] += 1

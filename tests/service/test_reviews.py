@@ -209,3 +209,31 @@ def test_confidences_of_a_calibrated_model(tmp_path, phantom_files):
         assert [s["withheld"] for s in low["sentences"]] == [
             s["confidence"] is None for s in report["sentences"]
         ]
+
+
+def test_a_study_is_thrown_away_whole(tmp_path, phantom_files):
+    from med3dvlm.service import studies
+    from med3dvlm.service.access import Identity
+    from med3dvlm.service.studies import Conflict
+    from med3dvlm.service.tables import Job, JobEvent, Question, ReportVersion, Study
+
+    keeper = Identity("keeper", "Keeper", "administrator", "user")
+    for service in running(tmp_path):
+        study = service.upload(phantom_files[0])["id"]
+        url = f"/api/studies/{study}"
+        asked = {"text": "Is there cardiomegaly?"}
+        service.done(service.client.post(f"{url}/questions", json=asked).json()["job"])
+        service.signed(study)
+        service.idle()
+        with pytest.raises(Conflict, match="signed=true"):
+            studies.remove(service.core, study, keeper, signed=False)
+        studies.remove(service.core, study, keeper, signed=True)
+        assert service.client.get(url).status_code == 404
+        assert list(service.core.storage.list_keys()) == []
+        assert service.client.get("/api/search?text=heart").json()["hits"] == []
+        with service.core.database.reading() as session:
+            for table in (Study, Job, JobEvent, Question, ReportVersion, Signature):
+                assert session.scalars(select(table)).all() == []
+            assert verify(session).sound
+            assert "study.delete" in session.scalars(select(AuditRow.action)).all()
+        assert service.upload(phantom_files[0])["id"] != study

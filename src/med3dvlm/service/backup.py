@@ -15,7 +15,7 @@ import base64
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from med3dvlm import __version__
 from med3dvlm.files import atomic_file, write_json
 from med3dvlm.service import work
 from med3dvlm.service.core import Service
-from med3dvlm.service.migrations import migrate, revision_of
+from med3dvlm.service.database import Base
+from med3dvlm.service.migrations import current_revision, migrate
 from med3dvlm.service.tables import Job, Study
 
 FORMAT = 1
 ABOUT = "backup.json"
 ROWS = 1000  # written at a time
-NOT_DATA = ("alembic_version", "workers")
+NOT_DATA = ("workers",)
 
 
 class BackupError(ValueError):
@@ -47,12 +48,12 @@ def back_up(service: Service, folder: Path) -> dict[str, Any]:
         What `backup.json` says; `missing` are files of studies thrown away meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    revision = current_revision(service.database)
     with service.database.reader.connect() as connection:
         if service.database.dialect == "postgresql":
             connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
-        tables = _tables(connection)
+        tables = _tables(connection, Base.metadata.tables)
         counts = {table.name: _write_table(connection, table, folder) for table in tables}
-        revision = _revision(connection)
     copied, missing = _copy_files(service, folder / "files")
     about = {
         "format": FORMAT,
@@ -84,7 +85,7 @@ def restore(service: Service, folder: Path) -> dict[str, Any]:
         if file.is_file() and not file.name.startswith("."):
             service.storage.put(file, file.relative_to(folder / "files").as_posix())
     with service.database.engine.begin() as connection:
-        for table in _tables(connection):
+        for table in _tables(connection, about["tables"]):
             count = _read_table(connection, table, folder)
             if count != about["tables"].get(table.name, 0):
                 raise BackupError(
@@ -110,18 +111,11 @@ def reindex(service: Service) -> int:
 # --- tables -----------------------------------------------------------------------------------
 
 
-def _tables(connection: Connection) -> list[Table]:
+def _tables(connection: Connection, names: Iterable[str]) -> list[Table]:
     """As they are in this database, each after those that it refers to."""
     known = MetaData()
-    known.reflect(connection)
-    return [table for table in known.sorted_tables if table.name not in NOT_DATA]
-
-
-def _revision(connection: Connection) -> str:
-    revision = revision_of(connection)
-    if not revision:
-        raise BackupError("the database is empty: there is nothing to back up.")
-    return revision
+    known.reflect(connection, only=[name for name in names if name not in NOT_DATA])
+    return known.sorted_tables
 
 
 def _write_table(connection: Connection, table: Table, folder: Path) -> int:

@@ -27,7 +27,13 @@ from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.types import DateTime, TypeDecorator
 
 BUSY_S = 10  # that a writer waits for another
-UNREACHABLE = (OperationalError, InterfaceError, PoolTimeoutError)
+
+
+class Away(Exception):
+    """A database other than SQLAlchemy's, the search index's, that does not answer."""
+
+
+UNREACHABLE = (OperationalError, InterfaceError, PoolTimeoutError, Away)
 
 
 class DatabaseError(ValueError):

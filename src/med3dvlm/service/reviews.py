@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from med3dvlm.sentences import SECTIONS
 from med3dvlm.service import work
 from med3dvlm.service.access import Identity
+from med3dvlm.service.access.users import readable_name
 from med3dvlm.service.audit import record
 from med3dvlm.service.database import new_id
 from med3dvlm.service.studies import VOLUME, Conflict, NotThere, get, key
@@ -275,7 +276,7 @@ def _signer(identity: Identity, name: str | None) -> tuple[bool, str]:
         return True, identity.display_name or identity.name
     if not (name or "").strip():
         raise NameMissing("Say who signs: this server has no accounts, so give a name.")
-    return False, " ".join(str(name).split())
+    return False, readable_name(str(name))
 
 
 def _kept(sentences: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

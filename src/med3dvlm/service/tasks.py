@@ -340,6 +340,7 @@ def evidence(worker: Worker, jobs: Sequence[Job]) -> list[Outcome]:
         "peak_mm": [round(float(mm), 2) for mm in peak[:3]],
         "model": model.label,
         "weights": model.fingerprint(),
+        "preparation": model.preparation.fingerprint(),
     }
     return [Outcome(lambda session, job: result)]
 

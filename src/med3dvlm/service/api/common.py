@@ -66,8 +66,8 @@ MayExportCorrections = Annotated[Identity, Depends(require("corrections:export")
 
 
 def unchanging(request: Request, path: LocalPath, kind: str, tag: str) -> Response:
-    """A file that never changes: a browser that has it is told so."""
-    headers = {"Cache-Control": "private, max-age=31536000, immutable", "ETag": f'"{tag}"'}
+    """A file that never changes: a browser that has it is told so, if it may still see it."""
+    headers = {"Cache-Control": "private, no-cache", "ETag": f'"{tag}"'}
     given = request.headers.get("if-none-match", "").split(",")
     known = [one.strip().removeprefix("W/") for one in given]
     if headers["ETag"] in known:

@@ -9,11 +9,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from med3dvlm.search import SearchIndexError
 from med3dvlm.service.api.openai import ChatError
+from med3dvlm.service.database import UNREACHABLE
 from med3dvlm.service.reviews import NameMissing
 from med3dvlm.service.search import NoSearchError
 from med3dvlm.service.studies import Conflict, NotThere
@@ -34,7 +33,6 @@ def install_faults(app: FastAPI) -> None:
         NameMissing: 422,
         NoSearchError: 409,
         SearchIndexError: 422,
-        PermissionError: 403,
         ValueError: 422,
     }.items():
         app.add_exception_handler(kind, _sentence(status))
@@ -42,7 +40,7 @@ def install_faults(app: FastAPI) -> None:
     app.add_exception_handler(UserLimit, _sentence(429, SOON_S))
     app.add_exception_handler(ChatError, lambda request, error: error.response())  # type: ignore[attr-defined]
     app.add_exception_handler(RequestValidationError, _invalid)
-    for kind in (OperationalError, InterfaceError, PoolTimeoutError):
+    for kind in UNREACHABLE:
         app.add_exception_handler(kind, _database)
     app.add_exception_handler(OSError, _disk)
 

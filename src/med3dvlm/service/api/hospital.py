@@ -138,10 +138,13 @@ def send(study_id: StudyId, what: SendIn, identity: MaySend, core: Core) -> dict
     objects = [hospital.report_object(core, study_id, what.format)]
     for job_id in dict.fromkeys(what.evidence):
         objects.append(hospital.evidence_object(core, study_id, job_id, what.evidence_format))
-    with _pacs(core) as pacs:
-        sent, address = pacs.send(objects), str(pacs.address)
     uids = [str(one.SOPInstanceUID) for one in objects]
-    _note(core, identity, "report.send", study_id, format=what.format, pacs=address, objects=uids)
+    with _pacs(core) as pacs:
+        address = str(pacs.address)
+        # before, so that nothing leaves that the log does not know of
+        details = {"format": what.format, "pacs": address, "objects": uids}
+        _note(core, identity, "report.send", study_id, **details)
+        sent = pacs.send(objects)
     return {"sent": sent, "format": what.format, "pacs": address, "sop_instance_uids": uids}
 
 

@@ -20,6 +20,7 @@ from med3dvlm.service.api.common import (
     unchanging,
 )
 from med3dvlm.service.api.schemas import ReportState, StudyOut, StudyState, WorklistOut
+from med3dvlm.service.audit import record
 from med3dvlm.service.studies import THUMBNAIL, VOLUME, NotThere, key
 
 router = APIRouter(prefix="/api/studies", tags=["studies"])
@@ -91,7 +92,10 @@ def delete(
 
 @router.get("/{study_id}/volume.nii.gz", response_class=FileResponse)
 def volume(study_id: StudyId, request: Request, identity: MayRead, core: Core) -> Response:
-    """The scan in canonical order, as NIfTI."""
+    """The scan in canonical order, as NIfTI; that somebody looked at it is noted."""
+    with core.database.session() as session:
+        studies.get_ready(session, study_id)
+        record(session, identity, "study.view", f"study/{study_id}")
     return _file(request, core, study_id, VOLUME, "application/gzip")
 
 

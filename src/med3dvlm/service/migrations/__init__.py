@@ -44,10 +44,17 @@ def migrate(database: Database, *, to: str = "head") -> str:
     return before
 
 
-def is_current(database: Database) -> bool:
-    """Whether the schema is that of this version."""
+def current_revision(database: Database) -> str:
+    """The schema of a database that is up to date.
+
+    Raises:
+        DatabaseError: if it is not.
+    """
     with database.engine.connect() as connection:
-        return revision_of(connection) == ScriptDirectory.from_config(_config()).get_current_head()
+        found = revision_of(connection)
+    if found != ScriptDirectory.from_config(_config()).get_current_head():
+        raise DatabaseError("the schema is an older one: run 'med3dvlm service migrate' first.")
+    return found
 
 
 def revision_of(connection: Connection) -> str:
