@@ -73,7 +73,7 @@ MEANT_PUBLIC = {
     "GET /openapi.json",
 }
 NOTHING = {
-    **{name: "0" * 32 for name in ("study_id", "job_id", "id")},
+    **dict.fromkeys(("study_id", "job_id", "id"), "0" * 32),
     "study_uid": "1.2.3",
     "name": "nobody",
     "number": 1,
