@@ -6,6 +6,9 @@ source = read_source("study/")
 pacs.send([comprehensive_sr(report, source)])
 """
 
+import logging
+import warnings
+
 from med3dvlm.hospital.dicomweb import FoundStudy, Pacs, PacsAddress, PacsError
 from med3dvlm.hospital.encapsulated_pdf import encapsulated_pdf, report_pdf
 from med3dvlm.hospital.evidence_objects import parametric_map, segmentation
@@ -37,3 +40,9 @@ __all__ = [
     "save_object",
     "segmentation",
 ]
+
+# they quote what they complain of, which may be a patient's name; it has no place in a log
+warnings.filterwarnings("ignore", message="The string .* is unlikely to represent")
+for _library in ("pydicom", "highdicom", "dicomweb_client", "retrying"):
+    warnings.filterwarnings("ignore", module=_library)
+    logging.getLogger(_library).setLevel(logging.ERROR)

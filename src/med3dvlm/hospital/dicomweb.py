@@ -424,6 +424,8 @@ def check_uid(uid: str) -> str:
 
 def _dataset(answer: dict[str, Any]) -> pydicom.Dataset:
     """A data set of DICOM JSON, without elements that it cannot hold."""
+    if not isinstance(answer, dict):
+        raise PacsError("the PACS's answer is not DICOMweb: no DICOM JSON; check its address.")
     dataset = pydicom.Dataset()
     for tag, element in answer.items():
         # pixels, that nobody asked for, or no DICOM JSON at all
