@@ -12,7 +12,13 @@ from typing import Any
 import uvicorn
 from prometheus_client import start_http_server
 
-from med3dvlm.service.access.gate import OPEN_NOTICE, check_bind, open_mode
+from med3dvlm.service.access.gate import (
+    IN_CLEAR,
+    OPEN_NOTICE,
+    check_bind,
+    is_in_clear,
+    open_mode,
+)
 from med3dvlm.service.app import create_app
 from med3dvlm.service.core import Service
 from med3dvlm.service.migrations import migrate
@@ -35,6 +41,8 @@ def serve(settings: Settings) -> None:
     check_bind(settings, app.state.database)
     if open_mode(settings, app.state.database):
         log.warning(OPEN_NOTICE)
+    elif is_in_clear(settings):
+        log.warning(IN_CLEAR)
     workers = Processes(settings, settings.workers or 0)
     server = uvicorn.Server(
         uvicorn.Config(

@@ -2,20 +2,29 @@
 
 import re
 import socket
+import ssl
 import threading
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
+import httpx2
 import pytest
 import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.staticfiles import StaticFiles
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
+from med3dvlm.cli import app as cli
 from med3dvlm.service.access import Identity, require
-from med3dvlm.service.access.gate import UndeclaredError, check_bind, rules_of
+from med3dvlm.service.access.gate import UndeclaredError, check_bind, is_in_clear, rules_of
 from med3dvlm.service.access.limits import Buckets, network_of
 from med3dvlm.service.settings import load_settings
-from tests.service.access.conftest import Place, make_app
+from tests.service.access.conftest import PASSWORD, Place, make_app
 
 # --- without accounts -----------------------------------------------------------------------
 
@@ -324,3 +333,76 @@ def _valid_then_endless():
     yield b"%x\r\n" % len(start) + start + b"\r\n"
     while True:
         yield b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+
+
+# --- serving --------------------------------------------------------------------------------
+
+
+def test_serve_refuses_other_machines_in_one_sentence(tmp_path):
+    command = ["serve", "--host", "0.0.0.0", "--data", str(tmp_path)]
+    result = CliRunner().invoke(cli, command)
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == (
+        "without accounts the server answers to its own machine only, not on host 0.0.0.0: first "
+        "run med3dvlm users add NAME --role administrator."
+    )
+
+
+def test_tls_by_itself(tmp_path):
+    """A certificate and a key are enough; cookies are then for TLS only."""
+    place = Place(make_app(tmp_path))
+    place.add_user("ann", "reader")
+    certificate = make_certificate(tmp_path)
+    files = {"ssl_certfile": str(certificate), "ssl_keyfile": str(certificate)}
+    server = uvicorn.Server(uvicorn.Config(place.app, port=0, log_level="error", **files))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        pass
+    port = server.servers[0].sockets[0].getsockname()[1]
+    trust = ssl.create_default_context(cafile=str(certificate))
+    with httpx2.Client(base_url=f"https://localhost:{port}", verify=trust) as client:
+        answer = client.post("/api/session", json={"name": "ann", "password": PASSWORD})
+        assert answer.status_code == 200
+        assert "Secure" in answer.headers["Set-Cookie"]
+        assert "Strict-Transport-Security" in answer.headers
+        assert client.get("/api/session").json()["user"] == "ann"
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.load_verify_locations(certificate)
+    old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(OSError), socket.create_connection(("localhost", port)) as plain:
+        old.wrap_socket(plain, server_hostname="localhost")
+    server.should_exit = True
+    thread.join(10)
+
+
+def make_certificate(folder):
+    """Self-signed, for localhost; certificate and key in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    path = folder / "localhost.pem"
+    path.write_bytes(made.public_bytes(pem) + key.private_bytes(pem, pkcs8, plain))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "clear"),
+    [
+        ({"host": "10.0.0.7"}, True),
+        ({"host": "10.0.0.7", "trusted_proxies": "10.0.0.1"}, False),
+        ({"host": "10.0.0.7", "tls_certificate": "a.pem"}, False),
+        ({"host": "127.0.0.1"}, False),
+    ],
+)
+def test_it_says_where_passwords_would_go_in_clear(settings, clear):
+    assert is_in_clear(load_settings(environment={}, **settings)) is clear

@@ -50,6 +50,10 @@ NOT_LOCAL = (
 )
 
 AWAY = "The database does not answer; try again in a moment."
+IN_CLEAR = (
+    "Passwords and patients' data cross the network in clear: set tls_certificate and tls_key, or "
+    "trusted_proxies where a proxy ends TLS."
+)
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +77,12 @@ def check_bind(settings: Settings, database: Database) -> None:
             f"without accounts the server answers to its own machine only, not on host "
             f"{settings.host}: first run med3dvlm users add NAME --role administrator."
         )
+
+
+def is_in_clear(settings: Settings) -> bool:
+    """Whether passwords and patients' data would cross a network without TLS."""
+    tls = settings.tls_certificate is not None or bool(settings.trusted_proxies)
+    return not tls and not _is_local_name(settings.host)
 
 
 def _is_local_name(host: str) -> bool:
