@@ -13,44 +13,44 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from sqlalchemy import select
 
+from med3dvlm.service.app import create_app
 from med3dvlm.service.audit import AuditRow, verify
 from med3dvlm.service.database import Database
 from med3dvlm.service.settings import load_settings
 from med3dvlm.service.tables import Job, ReportVersion, Signature, Study
 from tests.service.conftest import Running, running
-from tests.service.processes import Process, stop_postgres, upload, wait
+from tests.service.processes import Process, free_port, stop_postgres, upload, wait
 
 
-def test_a_killed_worker_and_a_killed_server(tmp_path, phantom_files):
-    """kill -9 of the worker in a report, then of the server in a sign-off."""
-    lease = {"lease_s": 2}
-    with Process("serve", tmp_path, arguments=["--workers", "0"], **lease) as server:
+def test_killed_in_a_report_and_killed_in_a_sign_off(tmp_path, phantom_files):
+    """kill -9 while a worker drafts, then while a signature is written."""
+    with Process("serve", tmp_path, lease_s=2) as server:
         server.ready()
-        with server.client as client, Process("work", tmp_path, **lease) as worker:
+        with server.client as client:
             study = upload(client, phantom_files[0])
             url = f"/api/studies/{study}/report"
             job = client.post(url, json={}).json()["job"]["id"]
             wait(client, f"/api/jobs/{job}", "state", ["running", "done"])
-            worker.kill()
-            hang_up(client, study)
-            with Process("work", tmp_path, **lease) as other:
-                ended = wait(client, f"/api/jobs/{job}", "state", ["done", "failed"])
-                assert ended["state"] == "done", ended
-                assert len(client.get(url).json()["versions"]) == 1  # one draft, however often
-                sentences = client.get(url).json()["sentences"]
-                body = [{**one, "status": "accepted"} for one in sentences]
-                keep = ("id", "text", "status")
-                body = [{name: one[name] for name in keep} for one in body]
-                version = client.put(url, json={"base_version": 1, "sentences": body}).json()
-                assert other.stop() == 0
+            server.kill()
+    with Process("serve", tmp_path, lease_s=2) as server:
+        server.ready()
+        with server.client as client:
+            assert wait(client, f"/api/jobs/{job}", "state", ["done", "failed"])["state"] == "done"
+            report = client.get(url).json()
+            assert len(report["versions"]) == 1  # one draft, however often it was begun
+            keep = ("id", "text")
+            body = [{name: one[name] for name in keep} for one in report["sentences"]]
+            edited = client.put(url, json={"base_version": 1, "sentences": body})
+            assert edited.status_code == 200, edited.text
         answers: list[int] = []
 
         def sign() -> None:
             with server.client as client:
                 try:
-                    body = {"version": version["version"], "name": "Dr. Ada"}
+                    body = {"version": 2, "name": "Dr. Ada"}
                     answers.append(client.post(f"{url}/sign", json=body).status_code)
                 except httpx.TransportError:
                     pass
@@ -63,20 +63,39 @@ def test_a_killed_worker_and_a_killed_server(tmp_path, phantom_files):
     check_signatures(tmp_path, study, acknowledged=answers == [200])
 
 
-def hang_up(client: httpx.Client, study: str) -> None:
-    """A client of the chat that goes away while its question waits takes it along."""
-    body = {"model": "demo", "stream": True, "study": study}
-    body["messages"] = [{"role": "user", "content": "Is there pneumothorax?"}]
-    with client.stream("POST", "/v1/chat/completions", json=body) as stream:
-        assert stream.status_code == 200
-        next(stream.iter_lines())
-        (job,) = [
-            one
-            for one in client.get("/api/jobs", params={"study": study}).json()["jobs"]
-            if one["kind"] == "ask"
-        ]
-        assert job["state"] == "queued"
-    wait(client, f"/api/jobs/{job['id']}", "state", ["cancelled"], 20)
+def test_clients_that_hang_up_free_their_slots(tmp_path, phantom_files):
+    """Over real sockets: a stream that is closed, and a chat whose question waits."""
+    for service in running(tmp_path):
+        study = service.upload(phantom_files[0])["id"]
+        service.idle()
+    app = create_app(load_settings(data=tmp_path, environment={}, workers=0))
+    server = uvicorn.Server(uvicorn.Config(app, port=free_port(), log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.config.port}", timeout=30) as client:
+        url = f"/api/studies/{study}/questions"
+        job = client.post(url, json={"text": "Is it large?"}).json()["job"]["id"]
+        with client.stream("GET", f"/api/jobs/{job}/events") as stream:
+            assert next(stream.iter_lines()).startswith("id:")
+            assert app.state.streams == 1
+        chat = {"model": "demo", "stream": True, "study": study}
+        chat["messages"] = [{"role": "user", "content": "Is there pneumothorax?"}]
+        with client.stream("POST", "/v1/chat/completions", json=chat) as stream:
+            assert stream.status_code == 200
+            assert next(stream.iter_lines()).startswith("data:")
+        jobs = client.get("/api/jobs", params={"study": study}).json()["jobs"]
+        waiting = [one["id"] for one in jobs if one["kind"] == "ask"]
+        assert waiting[1] == job
+        wait(client, f"/api/jobs/{waiting[0]}", "state", ["cancelled"], 20)
+        assert client.get(f"/api/jobs/{job}").json()["state"] == "queued"
+        until = time.monotonic() + 20
+        while app.state.streams:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    server.should_exit = True
+    thread.join()
 
 
 def check_signatures(data: Path, study: str, *, acknowledged: bool) -> None:
@@ -191,7 +210,7 @@ def test_a_database_that_is_gone_for_a_while(postgres, tmp_path, phantom_files):
         assert hits.json()["hits"][0]["study"]["id"] == study["id"]
         with service.core.database.reading() as session:
             assert verify(session).sound
-            assert len(session.scalars(select(ReportVersion)).all()) == 2
+            assert len(session.scalars(select(ReportVersion)).all()) == 4
             assert {one.state for one in session.scalars(select(Job))} == {"done"}
 
 
