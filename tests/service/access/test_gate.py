@@ -1,5 +1,6 @@
 """What is decided before an endpoint is asked."""
 
+import json
 import re
 import socket
 import ssl
@@ -181,6 +182,18 @@ def test_a_failure_is_one_sentence_without_the_reason(new_place):
     assert answer.status_code == 500
     assert answer.json() == {"detail": "The server failed; its log says why."}
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_refusals_are_logged_without_secrets(place, caplog):
+    with caplog.at_level("WARNING", "med3dvlm.service.access"):
+        place.signed_in("reader").delete(f"/api/studies/{'0' * 32}?patient=Doe")
+        place.client(headers={"Authorization": "Bearer m3d_secret"}).get("/api/studies")
+        place.client().get("/api/%0aforged")
+    first, second, third = (json.loads(entry.getMessage()) for entry in caplog.records)
+    assert (first["refused"], first["who"], first["method"]) == (403, "reader", "DELETE")
+    assert (second["refused"], second["who"], second["path"]) == (401, None, "/api/studies")
+    assert (third["refused"], third["path"]) == (404, "/api/\nforged")
+    assert "Doe" not in caplog.text and "secret" not in caplog.text
 
 
 # --- endpoints that say nothing -------------------------------------------------------------

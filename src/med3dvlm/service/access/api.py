@@ -247,13 +247,12 @@ def oidc_login(request: Request) -> Response:
         return RedirectResponse(f"/?sign_in={error.reason}", 303)
     response = RedirectResponse(begun.url, 303)
     response.set_cookie(
-        OIDC_COOKIE,
+        cookie_name(request, OIDC_COOKIE),
         begun.browser,
         max_age=600,
         httponly=True,
         samesite="lax",  # strict ones do not come back from the provider
         secure=_secure(request),
-        path="/api/oidc",
     )
     return response
 
@@ -263,7 +262,7 @@ def oidc_callback(request: Request) -> Response:
     """Come back, with a session or to /?sign_in=refused, expired, unavailable or no-role."""
     provider = _provider(request)
     _count_sign_in(request)
-    browser = request.cookies.get(OIDC_COOKIE, "")
+    browser = request.cookies.get(cookie_name(request, OIDC_COOKIE), "")
     try:
         found = provider.finish(
             _database(request), request.query_params, browser, address=address_of(request)
@@ -272,7 +271,8 @@ def oidc_callback(request: Request) -> Response:
         _give_session(request, response, found)
     except OidcRefused as error:
         response = RedirectResponse(f"/?sign_in={error.reason}", 303)
-    response.delete_cookie(OIDC_COOKIE, path="/api/oidc", secure=_secure(request), httponly=True)
+    name = cookie_name(request, OIDC_COOKIE)
+    response.delete_cookie(name, secure=_secure(request), httponly=True)
     return response
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -179,6 +180,7 @@ class Gate:
         try:
             most = await to_thread.run_sync(self._decide, request, limiter=self._threads)
         except HTTPException as error:
+            _note_refusal(request, error)
             await _answer(error, request)(scope, receive, send)
         except UNREACHABLE:
             _log.exception("the database does not answer")
@@ -323,9 +325,9 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client else "unix"
 
 
-def cookie_name(request: Request) -> str:
+def cookie_name(request: Request, name: str = COOKIE) -> str:
     """Under TLS with the prefix by which browsers take it from this very host only."""
-    return f"__Host-{COOKIE}" if request.url.scheme == "https" else COOKIE
+    return f"__Host-{name}" if request.url.scheme == "https" else name
 
 
 def _is_address(text: str) -> bool:
@@ -345,6 +347,20 @@ def _wait(seconds: float) -> None:
 
 def _unknown(sentence: str) -> HTTPException:
     return HTTPException(401, sentence, {"WWW-Authenticate": "Bearer"})
+
+
+def _note_refusal(request: Request, error: HTTPException) -> None:
+    """To the log, as JSON, so that nothing in a path can forge a line; no query, no header."""
+    identity: Identity | None = request.scope.get("state", {}).get("identity")
+    facts = {
+        "refused": error.status_code,
+        "who": identity.name if identity else None,
+        "address": address_of(request),
+        "method": request.method,
+        "path": request.scope["path"][:200],
+        "reason": error.detail,
+    }
+    _log.warning(json.dumps(facts))
 
 
 def _answer(error: HTTPException, request: Request) -> JSONResponse:

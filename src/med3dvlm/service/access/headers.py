@@ -15,6 +15,7 @@ PAGE_POLICY = "; ".join(
         "font-src 'self'",
         "connect-src 'self'",
         "manifest-src 'self'",
+        "object-src 'none'",
         "base-uri 'none'",
         "form-action 'self'",
         "frame-ancestors 'none'",
@@ -76,6 +77,6 @@ def _add(headers: MutableHeaders, scope: Scope) -> None:
         headers[name] = value
     headers["Content-Security-Policy"] = DATA_POLICY if data else PAGE_POLICY
     if scope["scheme"] == "https":
-        headers["Strict-Transport-Security"] = "max-age=31536000"
+        headers["Strict-Transport-Security"] = "max-age=31536000; includeSubDomains"
     if data:  # patients' data: nothing is kept but what an endpoint says may be
         headers.setdefault("Cache-Control", "no-store")
