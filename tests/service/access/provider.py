@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 import json
 import secrets
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from joserfc import jwt
-from joserfc.jwk import KeySet, OctKey, RSAKey
+from joserfc.jwk import KeySet, RSAKey
 
 CLIENT, SECRET = "med3dvlm", "client-secret"
 
@@ -65,8 +66,7 @@ class OpenIdProvider:
             return 401, {"error": "invalid_client"}
         query = self._codes.pop(form.get("code", ""), None)
         digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
-        challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-        if query is None or challenge != query["code_challenge"]:
+        if query is None or _base64(digest) != query["code_challenge"]:
             return 400, {"error": "invalid_grant"}
         if form.get("redirect_uri") != query["redirect_uri"]:
             return 400, {"error": "invalid_grant"}
@@ -80,13 +80,15 @@ class OpenIdProvider:
         claims = claims | self.person | self.change
         claims = {name: value for name, value in claims.items() if value is not None}
         header = {"alg": "RS256", "kid": "one", **self.header}
-        algorithms = ["RS256", "HS256", "none"]
-        return jwt.encode(header, claims, self.signer or self.key, algorithms=algorithms)
+        if header["alg"] == "HS256":
+            return self._signed_with_the_public_key(header, claims)
+        return jwt.encode(header, claims, self.signer or self.key, algorithms=["RS256", "none"])
 
-    def public_key_as_secret(self) -> OctKey:
+    def _signed_with_the_public_key(self, header: dict[str, Any], claims: dict[str, Any]) -> str:
         """The classic confusion: the public key, used as the secret of an HMAC."""
-        secret = base64.urlsafe_b64encode(self.key.as_pem(private=False)).decode().rstrip("=")
-        return OctKey.import_key({"kty": "oct", "k": secret})
+        signed = ".".join(_base64(json.dumps(part).encode()) for part in (header, claims))
+        secret = self.key.as_pem(private=False)
+        return f"{signed}.{_base64(hmac.digest(secret, signed.encode(), 'sha256'))}"
 
     def _handler(provider) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
@@ -132,3 +134,7 @@ class OpenIdProvider:
             "token_endpoint": f"{self.issuer}/token",
             "jwks_uri": f"{self.issuer}/keys",
         }
+
+
+def _base64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
