@@ -174,7 +174,7 @@ def sign_out(request: Request, everywhere: bool = False) -> Response:
         sessions.end(_database(request), found, everywhere=everywhere)
     response = Response(status_code=204)
     response.delete_cookie(cookie_name(request), secure=_secure(request), httponly=True)
-    response.headers["Clear-Site-Data"] = '"cache", "storage"'
+    response.headers["Clear-Site-Data"] = '"cache"'
     return response
 
 
