@@ -93,8 +93,7 @@ def reading(page: Page, study: str) -> None:
     page.locator(".view .slice:not(:empty)").first.wait_for()
     page.locator(".sentence").nth(2).wait_for()
     page.keyboard.press("q")
-    page.keyboard.press("j")
-    for key in "yyxy":
+    for key in "jjjxyykkkk":
         page.keyboard.press(key)
     page.keyboard.press("Enter")
     page.locator(".scale").wait_for()

@@ -7,8 +7,10 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -64,17 +66,21 @@ class Site:
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Iterator[Site]:
     """A server of its own on a free port, with one reviewer's account."""
-    app = create_app(load_settings(data=tmp_path_factory.mktemp("site"), environment={}))
-    by = Identity("test", "test", "administrator", "local")
-    length = app.state.settings.password_length
+    with serving(tmp_path_factory.mktemp("site")) as site:
+        yield site
+
+
+@contextmanager
+def serving(data: Path, **settings: Any) -> Iterator[Site]:
+    app = create_app(load_settings(data=data, environment={}, **settings))
     add_user(
         app.state.database,
-        by,
+        Identity("test", "test", "administrator", "local"),
         NAME,
         role="reviewer",
         password=PASSWORD,
         display_name=SHOWN,
-        password_length=length,
+        password_length=app.state.settings.password_length,
     )
     config = uvicorn.Config(app, port=0, log_level="warning", server_header=False)
     server = uvicorn.Server(config)
@@ -103,16 +109,18 @@ def browser():
         chromium.close()
 
 
-class Faults(list):
-    """What the page complained of on its console, and what it asked of other hosts."""
-
-
 @pytest.fixture
 def page(browser, site):
-    """A fresh page, at nobody's session; whatever goes wrong in it fails the test."""
+    """A fresh page of nobody's session; whatever goes wrong in it fails the test."""
+    with watched(browser, site) as page:
+        yield page
+
+
+@contextmanager
+def watched(browser, site: Site):
     context = browser.new_context(base_url=site.url, viewport=SIZE, accept_downloads=True)
     context.set_default_timeout(WAIT_MS)
-    page, faults = context.new_page(), Faults()
+    page, faults = context.new_page(), []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda line: faults.append(line.text) if _is_fault(line) else None)
     page.on("dialog", lambda dialog: (faults.append(dialog.message), dialog.dismiss()))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
 
 import med3dvlm.service
+from med3dvlm.evidence import Calibration
+from med3dvlm.hub import load_exact
 from med3dvlm.scan import read_scan, save_dicom_series
-from tests.service.browser.conftest import Site, open_study, sign_in
+from tests.service.browser.conftest import Site, open_study, serving, sign_in, watched
 
 WEB = Path(med3dvlm.service.__file__).parent / "web"
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -95,6 +99,46 @@ def test_single_keys_can_be_turned_off(signed_in: Page):
     signed_in.keyboard.press("Escape")
     signed_in.keyboard.press("f")
     expect(signed_in).to_have_url(re.compile(r"/(#/)?$"))
+
+
+# --- confidence ---------------------------------------------------------------------------
+
+
+def test_a_model_without_calibration_says_so(signed_in: Page, study):
+    open_study(signed_in, study)
+    _draft(signed_in)
+    expect(signed_in.locator(".report-head")).to_contain_text("not calibrated")
+    expect(signed_in.locator(".sentence .confidence")).to_have_count(0)
+    expect(signed_in.locator(".notice")).to_contain_text("only ever seen generated phantoms")
+
+
+def test_confidences_are_shown_and_what_is_less_sure_is_marked(browser, phantom_files, tmp_path):
+    with serving(tmp_path, model=str(_calibrated(tmp_path / "model"))) as site:
+        study = site.upload(phantom_files[1])
+        with watched(browser, site) as page:
+            sign_in(page, site)
+            open_study(page, study)
+            _draft(page)
+            figures = page.locator(".sentence .confidence .share")
+            expect(figures.first).to_have_text(re.compile(r"^\d+%$"))
+            least = min(int(text.rstrip("%")) for text in figures.all_inner_texts())
+            page.get_by_label("“Cannot tell” below").fill(str(min(95, least // 5 * 5 + 5)))
+            marked = page.locator(".sentence", has_text="Cannot tell")
+            expect(marked.filter(has_text=f"{least}%").first).to_be_visible()
+            page.keyboard.press("g")
+            page.keyboard.type("Is there pleural effusion?")
+            page.keyboard.press("Enter")
+            shown = page.locator(".answer .confidence .share")
+            expect(shown).to_have_text(re.compile(r"^\d+%$"))
+
+
+def _calibrated(folder: Path) -> Path:
+    """The bundled model with coefficients of no meaning: they are shown, not measured, here."""
+    shutil.copytree(files("med3dvlm") / "assets" / "demo", folder)
+    weights = load_exact(str(folder), part="language").fingerprint()
+    made = Calibration(weights, "phantoms", 1.3, (0.8, 0.1), (0.9, -0.8, -0.6, 0.9))
+    made.save(folder / "language_model")
+    return folder
 
 
 # --- hostile text ---------------------------------------------------------------------------

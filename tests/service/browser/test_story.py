@@ -106,7 +106,7 @@ def _report(page: Page, site: Site) -> None:
     expect(sentences.nth(1)).to_have_attribute("data-status", "rejected")
     page.keyboard.press("z")
     expect(sentences.nth(1)).to_have_attribute("data-status", "edited")
-    expect(page.locator(".saved")).to_contain_text("Saved as version")
+    expect(page.locator(".saved")).to_have_text("Saved")
 
     page.keyboard.press("S")
     expect(page.get_by_text("not checked yet")).to_be_visible()

@@ -97,7 +97,8 @@ export class Ask {
   }
 
   #answer(element, question) {
-    const { id, text, answer, calibrated, withheld, model, weights, preparation } = question;
+    const { id, text, choices, calibrated, withheld, model, weights, preparation } = question;
+    const answer = choices?.find((choice) => question.answer.endsWith(choice)) ?? question.answer; // not "B. right"
     const explain = () => this.evidence.show({ question: id }, `${text} ${answer}`);
     fill(element,
       h("p", { class: "words" }, answer),

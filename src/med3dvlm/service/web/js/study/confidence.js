@@ -12,5 +12,5 @@ export function confidence(value, calibrated) {
   if (value === null || value === undefined) return h("span", { class: "confidence none", title: NONE }, h("span", { class: "unseen" }, "No confidence"), h("span", { aria: { hidden: true } }, "–"));
   return h("span", { class: "confidence", title: MEANING },
     h("span", { class: "meter", aria: { hidden: true }, vars: { share: String(value) } }),
-    h("span", { class: "unseen" }, "Confidence "), format.percent(value));
+    h("span", { class: "unseen" }, "Confidence "), h("span", { class: "share" }, format.percent(value)));
 }

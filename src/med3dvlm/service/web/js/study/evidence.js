@@ -10,8 +10,8 @@ const HONEST = "Where the model's output depends on the voxels. No proof that it
 
 export class Evidence {
   /** `onchange()` is called whenever another map, or none, is shown. */
-  constructor(study, viewer, { signal, onchange }) {
-    Object.assign(this, { study, viewer, signal, onchange });
+  constructor(study, viewer, { session, signal, onchange }) {
+    Object.assign(this, { study, viewer, session, signal, onchange });
     this.made = new Map(); // job results by what was explained
     this.current = null; // { key, label, job, peak }
     this.element = h("section", { class: "evidence-bar", aria: { label: "Evidence" }, hidden: true });
@@ -97,7 +97,8 @@ export class Evidence {
   #save() {
     const { job } = this.current;
     const path = `/api/studies/${this.study.id}/evidence/${job}/export?format=`;
-    const files = [["NIfTI", `/api/evidence/${job}/map.nii.gz`, "nii.gz"], ["DICOM Segmentation", `${path}seg`, "dcm"], ["DICOM Parametric Map", `${path}parametric-map`, "dcm"]];
+    const files = [["NIfTI", `/api/evidence/${job}/map.nii.gz`, "nii.gz"]];
+    if (this.session.may("reports:export")) files.push(["DICOM Segmentation", `${path}seg`, "dcm"], ["DICOM Parametric Map", `${path}parametric-map`, "dcm"]);
     return menu(icon("download"), files.map(([name, from, ending]) => [name, () => download(from, `evidence-${job}.${ending}`)]),
       { props: { class: "icon-button", title: "Save the map", "aria-label": "Save the map" } });
   }

@@ -229,7 +229,8 @@ export class Report {
     const saved = new Map(this.sentences.map((sentence) => [sentence.key, sentence]));
     this.sentences = now.map((sentence) => ({ ...saved.get(sentence.key), ...sentence, id: saved.get(sentence.key)?.id ?? sentence.id }));
     if (this.unsaved) this.#later();
-    this.#state(`Saved as version ${given.version}`);
+    this.#state("Saved");
+    this.element.querySelector(".version")?.replaceChildren(`Version ${given.version}`);
     this.onsaved();
     return given;
   }
@@ -302,7 +303,7 @@ export class Report {
     return h("header", { class: "report-head" },
       h("div", { class: "line" },
         h("span", { class: `badge ${given.state}` }, final ? "Signed" : "Draft"),
-        h("span", { class: "dim figures" }, `Version ${given.version}`),
+        h("span", { class: "version dim figures" }, `Version ${given.version}`),
         given.model && h("span", { class: "dim", title: `${METHODS[given.method]}. Weights ${given.weights}, preparation ${given.preparation}` }, `model ${given.model}`),
         h("span", { class: "saved dim", role: "status" })),
       final

@@ -66,9 +66,9 @@ export function searchView(main, query, { go, crumb, rename }) {
       h("div", { class: "hit-text" },
         h("a", { class: "name", href: `#/study/${study.id}` }, format.patient(study)),
         h("p", { class: "dim" }, [format.title(study), format.date(study.study_date)].filter(Boolean).join(" · ")),
-        h("p", { class: "first-line" }, hit.first_line || "No signed report.")),
+        h("p", { class: hit.first_line ? "first-line" : "first-line dim" }, hit.first_line || "No signed report.")),
       h("div", { class: "hit-foot" },
-        h("span", { class: "score figures", title: "Cosine similarity" }, `similarity ${hit.score.toFixed(2)}`),
+        h("span", { class: "score figures", title: "Cosine similarity" }, `similarity ${hit.score.toFixed(2).replace("-", "−")}`),
         h("a", { href: `#/search?study=${study.id}`, aria: { label: `More like ${format.patient(study)}` } }, "More like this")));
   }
 

@@ -63,7 +63,7 @@ export function studyView(main, id, { session, go, crumb, rename }) {
       },
       progress: (share) => (loading.querySelector("progress").value = share),
     });
-    const evidence = new Evidence(study, viewer, { signal, onchange: () => (parts.report?.refresh(), parts.ask?.mark()) });
+    const evidence = new Evidence(study, viewer, { session, signal, onchange: () => (parts.report?.refresh(), parts.ask?.mark()) });
     const history = new History(study, { signal });
     const report = new Report(study, evidence, { session, signal, onsaved: () => panel.chosen === "history" && history.load().catch(complain) });
     const ask = new Ask(study, evidence, { session, signal });
