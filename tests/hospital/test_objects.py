@@ -193,6 +193,7 @@ def test_every_page_of_a_draft_says_that_it_is_one(source):
     lines = (Line(text="Word. " * 3000, section="Findings"),)
     found = pages(export_report(report(None, lines), source, "pdf").data)
     assert len(found) > 3 and all("Unsigned draft" in page for page in found)
+    assert all(source.first.PatientID in page for page in found)
 
 
 def test_letters_that_no_font_has_are_refused_and_not_hidden(source):

@@ -15,7 +15,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import EncapsulatedPDFStorage
 
 from med3dvlm.hospital.objects import new_object
-from med3dvlm.hospital.report import UNSIGNED, ExportError, Report, clean
+from med3dvlm.hospital.report import UNSIGNED, ExportError, Report, clean, one_line
 from med3dvlm.hospital.source import SourceImages
 
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -43,7 +43,8 @@ def report_pdf(
     """
     facts = _facts(source)
     said = "".join([*(value for _, value in facts), report.text()])
-    pdf = _Pages(unsigned=report.signature is None)
+    who = [value for label, value in facts if label in ("Patient", "Patient ID")]
+    pdf = _Pages(unsigned=report.signature is None, foot=" · ".join(who))
     pdf.set_creation_date(report.created)
     pdf.set_title(TITLE)
     pdf.set_lang(report.language)
@@ -114,11 +115,11 @@ def _facts(source: SourceImages | None) -> list[tuple[str, str]]:
 
 
 class _Pages(FPDF):
-    """A4 pages with a footer; what is unsigned says so at the head of each."""
+    """A4 pages; each says at its foot whose it is, and at its head if nobody signed."""
 
-    def __init__(self, *, unsigned: bool):
+    def __init__(self, *, unsigned: bool, foot: str):
         super().__init__(format="A4")
-        self.unsigned = unsigned
+        self.unsigned, self.foot = unsigned, foot
 
     def use_fonts(self, fonts: Sequence[str | Path], text: str) -> None:
         """Load the fonts that a text needs."""
@@ -153,7 +154,8 @@ class _Pages(FPDF):
         self.set_y(-14)
         self.set_font("text", "", 8)
         self.set_text_color(*GREY)
-        self.cell(0, 6, f"{self.page_no()} / {{nb}}", align="C")
+        self.cell(150, 6, one_line(self.foot, 90))
+        self.cell(0, 6, f"{self.page_no()} / {{nb}}", align="R")
 
     def heading(self, text: str, *, size: int = 12) -> None:
         self.ln(3)

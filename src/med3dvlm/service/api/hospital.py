@@ -12,7 +12,7 @@ from pydantic import BaseModel, StringConstraints
 
 from med3dvlm.service import hospital, studies
 from med3dvlm.service.access import Identity, require
-from med3dvlm.service.api.common import Core, JobId, QueryText, StudyId, nudge
+from med3dvlm.service.api.common import Core, JobId, Problem, QueryText, StudyId, nudge
 from med3dvlm.service.api.schemas import StudyOut
 from med3dvlm.service.audit import record
 from med3dvlm.service.core import Service
@@ -32,10 +32,27 @@ DicomFormat = Literal["sr", "basic-text-sr", "encapsulated-pdf"]
 EvidenceFormat = Literal["seg", "parametric-map"]
 FhirVersion = Literal["r5", "r4"]
 Uid = Annotated[str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)*$", max_length=64)]
-FILE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The file.", "content": {"application/octet-stream": {}}}
+KINDS = (
+    "application/dicom",
+    "application/pdf",
+    "application/fhir+json",
+    "application/json",
+    "text/plain",
+)
+Answers = dict[int | str, dict[str, Any]]
+FILE: Answers = {
+    200: {
+        "description": "The file.",
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in KINDS},
+    }
 }
-BAD_GATEWAY: dict[int | str, dict[str, Any]] = {502: {"description": "The PACS failed."}}
+DICOM_FILE: Answers = {
+    200: {
+        "description": "The DICOM file.",
+        "content": {KINDS[0]: {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+BAD_GATEWAY: Answers = {502: {"model": Problem, "description": "The PACS failed."}}
 
 
 class SendIn(BaseModel):
@@ -115,7 +132,9 @@ def export(
 
 
 @router.get(
-    "/api/studies/{study_id}/evidence/{job_id}/export", response_class=Response, responses=FILE
+    "/api/studies/{study_id}/evidence/{job_id}/export",
+    response_class=Response,
+    responses=DICOM_FILE,
 )
 def export_evidence(
     study_id: StudyId,
