@@ -227,3 +227,29 @@ def test_no_line_of_a_log_can_be_forged(database):
 
 def test_both_databases_are_known():
     assert set(APPEND_ONLY) == {"sqlite", "postgresql"}
+
+
+def test_a_role_that_owns_nothing_cannot_rewrite_the_log(server):
+    """As docs/security.md advises: one role migrates, another serves."""
+    server.psql("CREATE DATABASE roles; CREATE ROLE serves LOGIN;")
+    url = server.get_uri(database="roles")
+    owner = Database(url)
+    migrate(owner)
+    with owner.session() as session:
+        tables = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES"
+        session.execute(text(f"GRANT {tables} IN SCHEMA public TO serves"))
+        session.execute(text("GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO serves"))
+    serves = Database(url.replace("postgres:@", "serves:@"))
+    migrate(serves)  # nothing is to be done, so it may
+    write(serves, 2)
+    for statement in (
+        "ALTER TABLE audit DISABLE TRIGGER USER",
+        "DROP TRIGGER audit_no_change ON audit",
+        "TRUNCATE audit",
+        "UPDATE audit SET name = 'bob'",
+    ):
+        with pytest.raises(DBAPIError), serves.session() as session:
+            session.execute(text(statement))
+    assert check(serves).rows == 2
+    owner.close()
+    serves.close()
