@@ -91,3 +91,28 @@ def test_what_is_no_backup_is_refused(made, tmp_path):
     with pytest.raises(BackupError, match="questions has 0 rows, and had 1"):
         restore(core, folder)
     core.close()
+
+
+def test_the_commands(made, tmp_path, monkeypatch):
+    """migrate, restore, backup, reindex, corrections: from the command line."""
+    from typer.testing import CliRunner
+
+    from med3dvlm.cli import app
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["service", *arguments, "--data", str(tmp_path / "data")])
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output
+
+    assert "Restored" in run("restore", str(made[0]))
+    assert "is current" in run("migrate")
+    about = json.loads(run("backup", str(tmp_path / "again"), "--json"))
+    assert about["tables"]["studies"] == 2 and about["tables"]["signatures"] == 1
+    assert "0 studies" in run("reindex")  # they wait already, from the restore
+    assert "1 studies" in run("corrections", str(tmp_path / "signed"))
+    (row,) = map(json.loads, (tmp_path / "signed" / "manifest.jsonl").read_text().splitlines())
+    assert row["report"] == made[3]["text"] and (tmp_path / "signed" / row["path"]).is_file()
+    refused = CliRunner().invoke(
+        app, ["service", "restore", str(made[0]), "--data", str(tmp_path / "data")]
+    )
+    assert refused.exit_code == 1 and "not empty" in str(refused.exception)

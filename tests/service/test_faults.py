@@ -5,13 +5,16 @@ The long forms, with many rounds, are in benchmarks/service_faults.py.
 
 from __future__ import annotations
 
+import os
 import random
 import resource
+import signal
 import threading
 import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import uvicorn
 from sqlalchemy import select
@@ -25,26 +28,28 @@ from tests.service.conftest import Running, running
 from tests.service.processes import Process, free_port, stop_postgres, upload, wait
 
 
-def test_killed_in_a_report_and_killed_in_a_sign_off(tmp_path, phantom_files):
-    """kill -9 while a worker drafts, then while a signature is written."""
-    with Process("serve", tmp_path, lease_s=2) as server:
+def test_a_worker_killed_in_a_report_and_the_server_in_a_sign_off(tmp_path, phantom_files):
+    """kill -9 of a worker process, which is replaced, and of the server, whose workers then end."""
+    with Process("serve", tmp_path, arguments=["--workers", "1"], lease_s=2) as server:
         server.ready()
         with server.client as client:
             study = upload(client, phantom_files[0])
             url = f"/api/studies/{study}/report"
+            (first,) = workers(server)
             job = client.post(url, json={}).json()["job"]["id"]
             wait(client, f"/api/jobs/{job}", "state", ["running", "done"])
-            server.kill()
-    with Process("serve", tmp_path, lease_s=2) as server:
-        server.ready()
-        with server.client as client:
+            os.kill(first, signal.SIGKILL)
             assert wait(client, f"/api/jobs/{job}", "state", ["done", "failed"])["state"] == "done"
             report = client.get(url).json()
             assert len(report["versions"]) == 1  # one draft, however often it was begun
-            keep = ("id", "text")
-            body = [{name: one[name] for name in keep} for one in report["sentences"]]
+            body = [{name: one[name] for name in ("id", "text")} for one in report["sentences"]]
             edited = client.put(url, json={"base_version": 1, "sentences": body})
             assert edited.status_code == 200, edited.text
+            until = time.monotonic() + 60
+            while not workers(server) or workers(server) == [first]:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            (second,) = workers(server)
         answers: list[int] = []
 
         def sign() -> None:
@@ -58,9 +63,19 @@ def test_killed_in_a_report_and_killed_in_a_sign_off(tmp_path, phantom_files):
         signing = threading.Thread(target=sign)
         signing.start()
         time.sleep(random.uniform(0, 0.03))
-        server.kill()
+        os.kill(server.process.pid, signal.SIGKILL)  # and not its workers
         signing.join()
+        until = time.monotonic() + 60
+        while psutil.pid_exists(second):
+            assert time.monotonic() < until
+            time.sleep(0.1)
     check_signatures(tmp_path, study, acknowledged=answers == [200])
+
+
+def workers(server: Process) -> list[int]:
+    """Processes of the server that work, without Python's own helpers."""
+    children = psutil.Process(server.process.pid).children()
+    return [one.pid for one in children if "spawn_main" in " ".join(one.cmdline())]
 
 
 def test_clients_that_hang_up_free_their_slots(tmp_path, phantom_files):
