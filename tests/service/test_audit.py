@@ -34,9 +34,8 @@ def database(request, tmp_path):
         database = Database(f"sqlite:///{tmp_path / 'log.db'}")
     else:
         server = request.getfixturevalue("server")
-        name = f"log_{abs(hash(request.node.name)) % 10**9}"
-        server.psql(f"CREATE DATABASE {name};")
-        database = Database(server.get_uri(database=name))
+        server.psql("DROP SCHEMA public CASCADE; CREATE SCHEMA public;")
+        database = Database(server.get_uri())
     migrate(database)
     yield database
     database.close()
@@ -123,8 +122,8 @@ def test_sqlite_does_not_replace_rows(tmp_path):
 
 
 def test_postgresql_does_not_truncate(server):
-    server.psql("CREATE DATABASE truncation;")
-    database = Database(server.get_uri(database="truncation"))
+    server.psql("DROP SCHEMA public CASCADE; CREATE SCHEMA public;")
+    database = Database(server.get_uri())
     migrate(database)
     with pytest.raises(DBAPIError, match="append-only"), database.session() as session:
         session.execute(text("TRUNCATE audit"))
@@ -231,11 +230,12 @@ def test_both_databases_are_known():
 
 def test_a_role_that_owns_nothing_cannot_rewrite_the_log(server):
     """As docs/security.md advises: one role migrates, another serves."""
-    server.psql("CREATE DATABASE roles; CREATE ROLE serves LOGIN;")
-    url = server.get_uri(database="roles")
+    server.psql("DROP SCHEMA public CASCADE; CREATE SCHEMA public; CREATE ROLE serves LOGIN;")
+    url = server.get_uri()
     owner = Database(url)
     migrate(owner)
     with owner.session() as session:
+        session.execute(text("GRANT USAGE ON SCHEMA public TO serves"))
         tables = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES"
         session.execute(text(f"GRANT {tables} IN SCHEMA public TO serves"))
         session.execute(text("GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO serves"))
