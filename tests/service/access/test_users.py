@@ -1,6 +1,8 @@
 """Accounts and keys."""
 
+import json
 from datetime import timedelta
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import update
@@ -10,6 +12,8 @@ from med3dvlm.service.access.tables import ApiKey
 from med3dvlm.service.database import Database, utc_now
 from med3dvlm.service.migrations import migrate
 from tests.service.access.conftest import KEEPER, PASSWORD
+
+JSON = {"Content-Type": "application/json"}
 
 
 def test_accounts_over_http(place):
@@ -108,3 +112,24 @@ def test_a_key_with_a_cookie_is_the_key(place):
     program.cookies.set("med3dvlm_session", place.signed_in("administrator").cookies[
         "med3dvlm_session"])  # fmt: skip
     assert program.get("/api/users").status_code == 403
+
+
+ODD = ["\0", "a\0b", "\ud800", "\u202e", "x" * 5000, "'; DROP TABLE users; --", "%00", "💀", " "]
+
+
+@pytest.mark.parametrize("text", ODD, ids=ascii)
+def test_odd_text_is_refused_in_a_sentence(place, text):
+    """Never a failure: neither NUL nor half a character reaches the database."""
+    client = place.signed_in("administrator")
+    body = json.dumps({"name": text, "password": text})
+    answers = [
+        place.client().post("/api/session", content=body, headers=JSON),
+        client.post("/api/users", content=json.dumps(
+            {"name": text, "display_name": text, "role": text, "password": text}), headers=JSON),
+        client.post("/api/keys", content=json.dumps({"name": text, "role": text}), headers=JSON),
+        client.patch("/api/users/reader", content=json.dumps({"role": text}), headers=JSON),
+        client.patch(f"/api/users/{quote(text, errors='replace')}", json={"role": "reader"}),
+        client.delete(f"/api/keys/{quote(text, errors='replace')}"),
+    ]  # fmt: skip
+    assert {answer.status_code for answer in answers} <= {401, 404, 405, 422}
+    assert all(isinstance(answer.json()["detail"], str) for answer in answers)

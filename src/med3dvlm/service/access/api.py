@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from med3dvlm.notice import notice_of
 from med3dvlm.service import audit
@@ -19,6 +19,7 @@ from med3dvlm.service.access.oidc import OidcRefused, Provider
 from med3dvlm.service.access.passwords import PasswordError, matches
 from med3dvlm.service.access.permissions import permissions_of
 from med3dvlm.service.access.tables import User
+from med3dvlm.service.api.common import Storable
 from med3dvlm.service.database import Database
 from med3dvlm.service.settings import Settings
 
@@ -36,33 +37,37 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+Name = Annotated[str, StringConstraints(max_length=128), Storable]
+Password = Annotated[str, StringConstraints(max_length=1024), Storable]
+
+
 class SignIn(Strict):
-    name: str = Field(max_length=128)
-    password: str = Field(max_length=1024)
+    name: Name
+    password: Password
 
 
 class NewUser(Strict):
-    name: str
-    display_name: str = ""
-    role: str
-    password: str = Field(max_length=1024)
+    name: Name
+    display_name: Name = ""
+    role: Name
+    password: Password
 
 
 class UserChange(Strict):
-    display_name: str | None = None
-    role: str | None = None
+    display_name: Name | None = None
+    role: Name | None = None
     disabled: bool | None = None
-    password: str | None = Field(None, max_length=1024)
+    password: Password | None = None
 
 
 class OwnPasswordChange(Strict):
-    old: str = Field(max_length=1024)
-    new: str = Field(max_length=1024)
+    old: Password
+    new: Password
 
 
 class NewKey(Strict):
-    name: str
-    role: str
+    name: Name
+    role: Name
     days: float = Field(90, gt=0, le=keys.MOST_DAYS)
 
 
@@ -310,7 +315,7 @@ def add_user(request: Request, body: NewUser, identity: ManageUsers) -> UserInfo
 
 
 @router.patch("/users/{name}", tags=["accounts"])
-def change_user(request: Request, name: str, body: UserChange, identity: ManageUsers) -> UserInfo:
+def change_user(request: Request, name: Name, body: UserChange, identity: ManageUsers) -> UserInfo:
     """Change an account; another role or password ends its sessions."""
     if body.password is not None:
         _set_password(request, identity, name, body.password)
@@ -318,7 +323,7 @@ def change_user(request: Request, name: str, body: UserChange, identity: ManageU
 
 
 @router.delete("/users/{name}", tags=["accounts"])
-def disable_user(request: Request, name: str, identity: ManageUsers) -> UserInfo:
+def disable_user(request: Request, name: Name, identity: ManageUsers) -> UserInfo:
     """Disable an account. It is kept, since signatures and the audit log name it."""
     return _change_user(request, identity, name, disabled=True)
 
@@ -361,7 +366,7 @@ def add_key(request: Request, body: NewKey, identity: ManageKeys) -> CreatedKey:
 
 
 @router.delete("/keys/{id}", tags=["accounts"])
-def revoke_key(request: Request, id: str, identity: ManageKeys) -> KeyInfo:
+def revoke_key(request: Request, id: Name, identity: ManageKeys) -> KeyInfo:
     try:
         return KeyInfo(**keys.public(keys.revoke_key(_database(request), identity, id)))
     except ValueError as error:
