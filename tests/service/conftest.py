@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from med3dvlm.service.app import create_app
 from med3dvlm.service.settings import load_settings
 
 WAIT_S = 60
+FRESH = count(100)  # phantoms that no fixture has
 
 
 @dataclass
@@ -146,7 +148,14 @@ def phantom_series(tmp_path_factory) -> Path:
     return folder / dicom.write_study(make_study(7, split="test"), folder)
 
 
+@pytest.fixture
+def fresh_study(service, tmp_path) -> dict[str, Any]:
+    """A ready study that no other test has: its report may be signed."""
+    number = next(FRESH)
+    return service.upload(tmp_path / nifti.write_study(make_study(number, split="test"), tmp_path))
+
+
 @pytest.fixture(scope="session")
 def study(service, phantom_files) -> dict[str, Any]:
-    """A ready study of the shared service."""
+    """A ready study of the shared service, to be read and asked about; do not sign it."""
     return service.upload(phantom_files[0])

@@ -74,8 +74,8 @@ def test_an_edit_of_an_old_version_is_refused(service, drafted):
     assert answer.status_code == 422 and "has no sentence" in answer.json()["detail"]
 
 
-def test_signing(service, phantom_files):
-    study = service.upload(phantom_files[2])
+def test_signing(service, fresh_study):
+    study = fresh_study
     url = f"/api/studies/{study['id']}/report"
     post = service.client.post
     assert post(f"{url}/sign", json={"version": 1, "name": "Ada"}).status_code == 404
@@ -103,8 +103,8 @@ def test_signing(service, phantom_files):
     assert refused.status_code in (403, 409)  # the local reviewer may not anyway
 
 
-def test_of_many_who_sign_at_once_one_does(service, phantom_files):
-    study = service.upload(phantom_files[3])
+def test_of_many_who_sign_at_once_one_does(service, fresh_study):
+    study = fresh_study
     service.accept(study["id"], service.draft(study["id"]))
     barrier = threading.Barrier(8)
 
@@ -127,8 +127,8 @@ def test_of_many_who_sign_at_once_one_does(service, phantom_files):
             session.add(Signature(**values, name="Mallory", authenticated=True))
 
 
-def test_drafts_without_a_language_model(service, phantom_files):
-    service.signed(service.upload(phantom_files[2])["id"])
+def test_drafts_without_a_language_model(service, phantom_files, fresh_study):
+    service.signed(fresh_study["id"])
     study = service.upload(phantom_files[1])
     service.idle()
     retrieved = service.draft(study["id"], "retrieve")
@@ -137,12 +137,12 @@ def test_drafts_without_a_language_model(service, phantom_files):
     assert template["method"] == "template" and "Impression" in template["text"]
 
 
-def test_corrections_train(service, phantom_files, tmp_path, monkeypatch):
+def test_corrections_train(service, fresh_study, tmp_path):
     """What was signed goes through `prepare` and `train instruction` as they are."""
     pytest.importorskip("zarr")
     from typer.testing import CliRunner
 
-    study = service.upload(phantom_files[3])
+    study = fresh_study
     report = service.signed(study["id"])
     lines = service.client.get("/api/corrections.jsonl").text.splitlines()
     rows = {row["id"]: row for row in map(json.loads, lines)}

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from med3dvlm import load, read_scan
+from med3dvlm.data.phantoms import make_study
+from med3dvlm.data.phantoms.layouts import dicom
 from tests.service.conftest import Running
 
 
-def test_the_story(service: Running, phantom_series, tmp_path):
+def test_the_story(service: Running, tmp_path):
     client = service.client
+    phantom_series = tmp_path / dicom.write_study(make_study(99, split="test"), tmp_path)
     study = service.upload(phantom_series)
     assert study["state"] == "ready" and study["report_state"] == "none"
     assert study["patient_name"] and study["study_uid"] and study["accession_number"]

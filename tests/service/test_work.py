@@ -251,6 +251,7 @@ def test_a_stream_goes_on_where_it_was_cut_off(service, study):
     url = f"/api/studies/{study['id']}/questions"
     asked = service.client.post(url, json={"text": "What is the most important abnormality?"})
     job_id = asked.json()["job"]["id"]
+    assert service.events(job_id)[-1][1] == "done"
     events = service.events(job_id)
     assert service.events(job_id) == events  # it can be read again
     for k in range(len(events)):

@@ -22,15 +22,11 @@ from med3dvlm.service.access import Identity
 from med3dvlm.service.access.users import readable_name
 from med3dvlm.service.audit import record
 from med3dvlm.service.database import new_id
-from med3dvlm.service.studies import VOLUME, Conflict, NotThere, get, key
+from med3dvlm.service.studies import VOLUME, Conflict, NotThere, Unusable, get, key
 from med3dvlm.service.tables import Addendum, ReportVersion, Signature, Study
 
 STATUSES = ("proposed", "accepted", "edited", "rejected", "added")
 MODEL = "model"
-
-
-class NameMissing(ValueError):
-    """A signature without a name."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def edit(
 
     Raises:
         Conflict: for a signed report, or if somebody was quicker.
-        ValueError: for a sentence that does not go with the version before.
+        Unusable: for a sentence that does not go with the version before.
     """
     study = _locked(session, study_id)
     _check_open(session, study)
@@ -124,7 +120,7 @@ def edit(
     kept = [_edited(one, before) for one in sentences]
     ids = [one["id"] for one in kept]
     if len(set(ids)) < len(ids):
-        raise ValueError("A sentence is there twice: give each id once.")
+        raise Unusable("A sentence is there twice: give each id once.")
     left_out = [one for one in before.values() if one["id"] not in ids and one["original"]]
     kept += [{**one, "status": "rejected"} for one in left_out]  # the change is kept, too
     facts = dict(last.facts) if last else {}
@@ -146,7 +142,7 @@ def _edited(given: dict[str, Any], before: dict[str, dict[str, Any]]) -> dict[st
         }
     old = before.get(given["id"])
     if old is None:
-        raise ValueError(f"The version before has no sentence {given['id']}: leave out its id.")
+        raise Unusable(f"The version before has no sentence {given['id']}: leave out its id.")
     status = given["status"]
     if old["original"] is None:
         status = status if status in ("added", "rejected") else "added"
@@ -209,7 +205,7 @@ def sign(
     Raises:
         Conflict: if the version is not the latest, holds sentences that nobody looked at, or the
             report is signed already, in another version or by somebody else.
-        NameMissing: if nobody knows who signs.
+        Unusable: if nobody knows who signs.
     """
     study = _locked(session, study_id)
     authenticated, shown = _signer(identity, name)
@@ -275,7 +271,7 @@ def _signer(identity: Identity, name: str | None) -> tuple[bool, str]:
     if identity.kind != "local":
         return True, identity.display_name or identity.name
     if not (name or "").strip():
-        raise NameMissing("Say who signs: this server has no accounts, so give a name.")
+        raise Unusable("Say who signs: this server has no accounts, so give a name.")
     return False, readable_name(str(name))
 
 

@@ -42,6 +42,10 @@ class NotThere(LookupError):
     """What was asked for does not exist: one sentence."""
 
 
+class Unusable(ValueError):
+    """What was sent cannot be used: one sentence."""
+
+
 class Conflict(ValueError):
     """What was asked for does not go with what is there: one sentence."""
 

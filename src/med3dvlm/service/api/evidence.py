@@ -19,7 +19,7 @@ from med3dvlm.service.api.common import (
 )
 from med3dvlm.service.api.schemas import EvidenceIn, JobStarted
 from med3dvlm.service.audit import record
-from med3dvlm.service.studies import NotThere
+from med3dvlm.service.studies import NotThere, Unusable
 from med3dvlm.service.tasks import evidence_key
 
 router = APIRouter(tags=["evidence"])
@@ -32,7 +32,7 @@ def explain(
     """Make a map; the job's result says where it is and where it peaks."""
     given = {n: getattr(what, n) for n in ("sentence", "question", "text") if getattr(what, n)}
     if len(given) != 1:
-        raise ValueError("Give one of sentence, question and text.")
+        raise Unusable("Give one of sentence, question and text.")
     with core.database.session() as session:
         studies.get_ready(session, study_id)
         if what.sentence:

@@ -11,11 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from med3dvlm.search import SearchIndexError
+from med3dvlm.service.access.users import AccountError
 from med3dvlm.service.api.openai import ChatError
 from med3dvlm.service.database import UNREACHABLE
-from med3dvlm.service.reviews import NameMissing
 from med3dvlm.service.search import NoSearchError
-from med3dvlm.service.studies import Conflict, NotThere
+from med3dvlm.service.studies import Conflict, NotThere, Unusable
 from med3dvlm.service.work import FULL_DISK, QueueFull, UserLimit
 
 SOON_S, LATER_S = "2", "10"
@@ -30,10 +30,10 @@ def install_faults(app: FastAPI) -> None:
     for kind, status in {
         NotThere: 404,
         Conflict: 409,
-        NameMissing: 422,
+        Unusable: 422,
+        AccountError: 422,
         NoSearchError: 409,
         SearchIndexError: 422,
-        ValueError: 422,
     }.items():
         app.add_exception_handler(kind, _sentence(status))
     app.add_exception_handler(QueueFull, _sentence(503, SOON_S))
@@ -43,6 +43,7 @@ def install_faults(app: FastAPI) -> None:
     for kind in UNREACHABLE:
         app.add_exception_handler(kind, _database)
     app.add_exception_handler(OSError, _disk)
+    app.add_exception_handler(Exception, _fault)
 
 
 def _sentence(status: int, retry_after: str | None = None) -> Any:
@@ -81,4 +82,9 @@ def _disk(request: Request, error: Exception) -> JSONResponse:
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ECONNREFUSED):
         detail = "The storage does not answer; try again in a moment."
         return JSONResponse({"detail": detail}, 503, {"Retry-After": LATER_S})
+    return _fault(request, error)
+
+
+def _fault(request: Request, error: Exception) -> JSONResponse:
+    """What nobody thought of: the log has it, and the caller learns nothing of the inside."""
     return JSONResponse({"detail": "The server failed; its log says why."}, 500)

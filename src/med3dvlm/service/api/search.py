@@ -10,7 +10,7 @@ from sqlalchemy import select
 from med3dvlm.service import studies
 from med3dvlm.service.api.common import Core, HexId, MaySearch, QueryText
 from med3dvlm.service.api.schemas import HitsOut
-from med3dvlm.service.studies import VOLUME, Conflict, key
+from med3dvlm.service.studies import VOLUME, Conflict, Unusable, key
 from med3dvlm.service.tables import Study
 
 router = APIRouter(prefix="/api/search", tags=["search"])
@@ -34,7 +34,7 @@ def search(
         if vector is None:
             raise Conflict("The study is not in the search index yet; try again in a moment.")
     elif not text.strip():
-        raise ValueError("Say what is sought: text, or study.")
+        raise Unusable("Say what is sought: text, or study.")
     wanted = top if study is None else top + 1
     found = core.index.search(text.strip() or None, vector=vector, top=wanted, where=where or ())
     with core.database.reading() as session:
