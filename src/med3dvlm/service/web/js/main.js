@@ -11,10 +11,9 @@ import { studyView } from "./views/study.js";
 import { worklistView } from "./views/worklist.js";
 
 const PING_MS = 3000;
-const RESEARCH = "Research use only. Not a medical device; a clinician must check every word.";
 
 const app = document.getElementById("app");
-const page = { session: null, model: null, leave: null, main: null };
+const page = { session: null, leave: null, main: null };
 
 function go(hash) {
   location.hash = hash;
@@ -28,7 +27,6 @@ async function start() {
     useCsrf(session.csrf);
     if (!session.user) return askToSignIn(session);
     session.may = (permission) => session.permissions.includes(permission);
-    page.model = await get("/api/model");
     page.session = session;
     return signedIn();
   } catch (error) {
@@ -47,7 +45,7 @@ function askToSignIn(session) {
   page.session = null;
   document.title = "Sign in – med3dvlm";
   const main = h("main", { id: "main", class: "alone" });
-  fill(app, main, notice(RESEARCH));
+  fill(app, main, notice(session.model_notice));
   signInView(main, session, start);
 }
 
@@ -60,7 +58,7 @@ function signedOut() {
 
 function signedIn() {
   page.main = h("main", { id: "main", tabindex: "-1" });
-  fill(app, bar(), page.main, notice(page.model.notice));
+  fill(app, bar(), page.main, notice(page.session.model_notice));
   scope("Everywhere", [
     { key: "?", label: "This help", run: showHelp },
     { key: "w", label: "Worklist", run: () => go("#/") },

@@ -113,11 +113,15 @@ export class Report {
     this.timer = setTimeout(() => this.save().catch(complain), SAVE_MS);
   }
 
+  /** The working copy without a sentence that is just being begun. */
+  get written() {
+    return this.sentences.filter(({ text }) => text);
+  }
+
   get unsaved() {
-    return this.given !== null && this.sentences.some((sentence, i) => {
-      const saved = this.given.sentences[i];
-      return saved?.id !== sentence.id || saved.text !== sentence.text || saved.status !== sentence.status;
-    }) || this.sentences.length !== (this.given?.sentences.length ?? 0);
+    const saved = this.given?.sentences ?? [];
+    const same = ({ id, text, status }, i) => saved[i]?.id === id && saved[i].text === text && saved[i].status === status;
+    return this.written.length !== saved.length || !this.written.every(same);
   }
 
   mark(status, key = this.selected) {
@@ -172,7 +176,7 @@ export class Report {
       this.selected = this.sentences[Math.max(0, Math.min(at, this.sentences.length - 1))]?.key ?? null;
       return this.#render({ focus: true });
     }
-    const before = this.sentences.filter(({ text: has }) => has).map((one) => ({ ...one }));
+    const before = this.written.map((one) => ({ ...one }));
     sentence.text = words;
     sentence.status = this.#accepted(sentence);
     this.undone.push(before);
@@ -212,7 +216,7 @@ export class Report {
   }
 
   async #put(base_version) {
-    const sent = this.sentences.filter(({ text }) => text).map(({ key, id, text, section, status }) => ({ key, id, text, section, status }));
+    const sent = this.written.map(({ key, id, text, section, status }) => ({ key, id, text, section, status }));
     this.#state("Saving …");
     let given;
     try {
@@ -223,11 +227,19 @@ export class Report {
       if (error instanceof ApiError && error.status === 0) this.#later();
       throw error;
     }
-    const now = this.sentences;
+    const { sentences: now, selected } = this;
+    const asSent = new Map(sent.map((sentence) => [sentence.key, sentence]));
     this.#take(given, sent.map(({ key }) => key));
-    // what was changed while it was being saved stays changed
     const saved = new Map(this.sentences.map((sentence) => [sentence.key, sentence]));
-    this.sentences = now.map((sentence) => ({ ...saved.get(sentence.key), ...sentence, id: saved.get(sentence.key)?.id ?? sentence.id }));
+    // what was changed while it was being saved stays changed
+    this.sentences = now.map((sentence) => {
+      const before = asSent.get(sentence.key);
+      if (!before) return sentence;
+      const kept = saved.get(sentence.key);
+      const touched = before.text !== sentence.text || before.status !== sentence.status;
+      return touched ? { ...kept, text: sentence.text, status: sentence.status } : kept;
+    });
+    this.selected = selected;
     if (this.unsaved) this.#later();
     this.#state("Saved");
     this.element.querySelector(".version")?.replaceChildren(`Version ${given.version}`);

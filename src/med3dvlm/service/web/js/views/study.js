@@ -23,6 +23,7 @@ export function studyView(main, id, { session, go, crumb, rename }) {
   const free = [];
 
   async function open() {
+    fill(main, h("div", { class: "empty", role: "status" }, "Opening the study …"));
     const study = await get(`/api/studies/${id}`, { signal });
     if (study.state !== "ready") {
       fill(main, h("div", { class: "empty" }, h("h2", {}, study.state === "refused" ? "This study was refused" : "This study is being prepared"),
