@@ -22,14 +22,15 @@ from med3dvlm.hospital import (
     Line,
     Report,
     Signature,
+    dicom_bytes,
     parametric_map,
     read_source,
     segmentation,
 )
 from med3dvlm.hospital.evidence_objects import on_images
-from med3dvlm.hospital.export import DICOM_FORMATS, export_report, report_object
+from med3dvlm.hospital.export import DICOM_FORMATS, FORMATS, export_report, report_object
 from med3dvlm.hospital.report import clean, one_line
-from med3dvlm.scan import save_nifti
+from med3dvlm.scan import ScanError, save_nifti
 from tests.hospital.conftest import MODEL, write_series
 from tests.hospital.validate import dicom_errors, texts
 
@@ -174,6 +175,45 @@ def test_names_keep_their_letters_from_any_character_set(tmp_path, series, chars
     assert str(pydicom.dcmread(stream).PatientName) == name
 
 
+def test_headers_that_are_out_of_form_are_kept_and_hinder_nothing(tmp_path, series):
+    odd = {
+        "PatientName": "a=b=c=d",
+        "PatientID": "x" * 100,
+        "PatientSex": "XX",
+        "PatientBirthDate": "19",
+        "StudyDate": "99999999",
+        "StudyTime": "25",
+        "SpecificCharacterSet": "nonsense",
+    }
+    with pydicom.config.disable_value_validation():
+        for file in series.iterdir():
+            one = pydicom.dcmread(file)
+            for keyword, value in odd.items():
+                setattr(one, keyword, value)
+            del one.AccessionNumber
+            one.save_as(tmp_path / file.name)
+    images, scan = read_source(tmp_path), read_scan(tmp_path)
+    for to in FORMATS:
+        assert export_report(report(lines=LINES[2:]), images, to).data
+    evidence = as_scan(scan, np.ones(scan.shape, np.float32))
+    for make in (segmentation, parametric_map):
+        made = pydicom.dcmread(
+            io.BytesIO(dicom_bytes(make(evidence, images, model=MODEL, about="x")))
+        )
+        assert made.PatientID == "x" * 100 and made.PatientSex == "XX"
+        assert made.StudyDate == "99999999" and made.AccessionNumber == ""
+
+
+@pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SOPClassUID", "SOPInstanceUID"])
+def test_images_that_cannot_be_referred_to_are_refused(tmp_path, series, keyword):
+    for file in series.iterdir():
+        one = pydicom.dcmread(file)
+        del one[keyword]
+        one.save_as(tmp_path / file.name)
+    with pytest.raises(ScanError, match=f"no {keyword}"):
+        read_source(tmp_path)
+
+
 # --- PDF ------------------------------------------------------------------------------------------
 
 
@@ -261,7 +301,7 @@ def test_evidence_lies_where_it_lies_in_the_scan(tmp_path, index):
         made = make(evidence, images, model=MODEL, about=f"Nodule, 结节. {NASTY}")
         pydicom.dcmwrite(file, made, enforce_file_format=True)
         assert dicom_errors(file) == []
-        assert made.PatientID == images.first.PatientID
+        assert made.PatientID == images.first.PatientID != ""
         assert made.FrameOfReferenceUID == images.first.FrameOfReferenceUID
     read = highdicom.seg.segread(tmp_path / "segmentation.dcm")
     assert read.SegmentationType == "FRACTIONAL"

@@ -15,14 +15,16 @@ from highdicom.seg import (
     SegmentationTypeValues,
     SegmentDescription,
 )
+from pydicom import Dataset
+from pydicom.datadict import dictionary_VR
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 from scipy.ndimage import affine_transform
 
 from med3dvlm import __version__
-from med3dvlm.hospital.objects import SERIES, UTF_8, equipment
+from med3dvlm.hospital.objects import SERIES, UTF_8, copy_patient_and_study, equipment
 from med3dvlm.hospital.report import ExportError, Model, one_line
-from med3dvlm.hospital.source import SourceImages
+from med3dvlm.hospital.source import TYPE_2, SourceImages
 from med3dvlm.scan import Scan
 
 NO_IMAGES = (
@@ -58,8 +60,9 @@ def segmentation(
         ),
     )
     described.SegmentDescription = one_line(f"{EXPLANATION}. {model}. Of: {about}", 1024)
-    made = Segmentation(
-        source_images=source.headers,
+    made = _make(
+        Segmentation,
+        source,
         pixel_array=values,
         segmentation_type=SegmentationTypeValues.FRACTIONAL,
         # the nearest that DICOM has: a map is neither a probability nor an occupancy
@@ -70,7 +73,7 @@ def segmentation(
         **_identity("seg", values, source, model, about),
         **equipment(model),
     )
-    return _finish(made)
+    return made
 
 
 def parametric_map(
@@ -86,8 +89,9 @@ def parametric_map(
         slope=1.0,
         intercept=0.0,
     )
-    made = ParametricMap(
-        source_images=source.headers,
+    made = _make(
+        ParametricMap,
+        source,
         pixel_array=values,
         contains_recognizable_visual_features=False,
         real_world_value_mappings=[mapping],
@@ -98,7 +102,7 @@ def parametric_map(
         **equipment(model),
     )
     made.Laterality = ""
-    return _finish(made)
+    return made
 
 
 def on_images(evidence: Scan, source: SourceImages) -> np.ndarray:
@@ -138,10 +142,33 @@ def _on_images(evidence: Scan, source: SourceImages | None) -> tuple[SourceImage
     return source, values
 
 
-def _finish(made: SOPClass) -> SOPClass:
-    made.SpecificCharacterSet = UTF_8
+def _make(kind: type[SOPClass], source: SourceImages, **content: Any) -> SOPClass:
+    """An object of highdicom, which refuses values of patient and study that are out of form.
+
+    It gets images that state none, and then theirs as they stand.
+    """
+    try:
+        made = kind(source_images=[_nobodys(header) for header in source.headers], **content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"the map cannot be put on these images ({' '.join(str(error).split())[:160]}): take "
+            "it as NIfTI."
+        ) from error
+    copy_patient_and_study(made, source.first)
     made.BurnedInAnnotation = "NO"
     return made
+
+
+def _nobodys(header: Dataset) -> Dataset:
+    """The header of an image without what it says of patient and study, in UTF-8."""
+    one = Dataset()
+    for element in header:  # decodes it, by the header's own character set
+        one.add(element)
+    for keyword in TYPE_2:
+        one.add_new(keyword, dictionary_VR(keyword), "")
+    one.add_new("SpecificCharacterSet", "CS", UTF_8)
+    one.file_meta = header.file_meta
+    return one
 
 
 def _identity(

@@ -23,12 +23,14 @@ from med3dvlm.scan.dicom_series import (
     items_of,
     series_of_file,
 )
+from med3dvlm.scan.scan import ScanError
 
 # of type 2: they have to be there, and may be empty
 TYPE_2 = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate",
     "StudyTime", "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
+REFERENCES = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def read_source(path: str | Path, *, series: str | int | None = None) -> SourceI
     """The images that :func:`med3dvlm.read_scan` reads there; None where it is no DICOM.
 
     Raises:
-        ScanError: as `read_scan` does, where the headers are damaged or several series are there.
+        ScanError: as `read_scan` does, where the headers are damaged or several series are there;
+            and where an image has no UID to refer to it by.
     """
     path = Path(path)
     if not _holds_dicom(path):
@@ -105,6 +108,12 @@ def _holds_dicom(path: Path) -> bool:
 
 def _whole_header(item: Item) -> pydicom.Dataset:
     header = read_dataset(item.name, item.read(), stop_before_pixels=True)
+    for keyword in REFERENCES:
+        if not str(header.get(keyword, "") or ""):
+            raise ScanError(
+                f"{item.name}: it has no {keyword}, so no report can refer to it; export the "
+                "images again."
+            )
     for keyword in TYPE_2:
         if keyword not in header:
             setattr(header, keyword, "")

@@ -16,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from med3dvlm.notice import notice_of
+from med3dvlm.scan import ScanError, read_scan
 from med3dvlm.service import reviews, studies, work
 from med3dvlm.service.access import Identity
 from med3dvlm.service.core import Service
@@ -129,7 +130,11 @@ def source_of(service: Service, study: Study) -> Iterator[SourceImages | None]:
     from med3dvlm.hospital import read_source
 
     with studies.source_files(service, study) as folder:
-        yield read_source(folder, series=study.series_uid or None)
+        try:
+            source = read_source(folder, series=study.series_uid or None)
+        except ScanError as error:  # nobody needs to know where the file lies
+            raise Conflict(str(error).replace(f"{folder}/", "")) from error
+        yield source
 
 
 def export_report(service: Service, study_id: str, to: str, fhir_version: str) -> Exported:
@@ -185,7 +190,6 @@ def report_object(service: Service, study_id: str, to: str) -> SOPClass:
 def evidence_object(service: Service, study_id: str, job_id: str, to: str) -> SOPClass:
     """The map of an evidence job as a DICOM object on the images' geometry."""
     from med3dvlm.hospital import Model, parametric_map, segmentation
-    from med3dvlm.scan import read_scan
 
     with service.database.reading() as session:
         study = studies.get_ready(session, study_id)
