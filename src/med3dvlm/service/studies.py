@@ -306,6 +306,7 @@ def describe(service: Service, study: Study) -> dict[str, Any]:
         "shape": study.shape,
         "spacing_mm": study.spacing_mm,
         "units": study.units,
+        "orientation": study.orientation,
         "warnings": study.warnings,
         "report_state": study.report_state,
         "has_model_notice": notice_of(service.settings.model),

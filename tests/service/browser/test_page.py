@@ -106,6 +106,21 @@ def test_single_keys_can_be_turned_off(signed_in: Page):
     expect(signed_in).to_have_url(re.compile(r"/(#/)?$"))
 
 
+# --- images ---------------------------------------------------------------------------------
+
+
+def test_sides_are_marked_only_where_the_file_knows_them(signed_in: Page, site: Site, study):
+    open_study(signed_in, study)
+    axial = signed_in.locator(".view", has_text="Axial")
+    expect(axial.locator(".letter.left")).to_have_text("R")  # as radiologists look at it
+    expect(axial.locator(".letter.right")).to_have_text("L")
+    unsure = {**study, "orientation": "unknown"}
+    signed_in.route(f"**/api/studies/{study['id']}", lambda route: route.fulfill(json=unsure))
+    signed_in.reload()
+    signed_in.locator(".view .slice:not(:empty)").first.wait_for()
+    expect(signed_in.locator(".letter")).to_have_count(0)
+
+
 # --- confidence ---------------------------------------------------------------------------
 
 

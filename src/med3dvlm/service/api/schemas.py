@@ -37,6 +37,7 @@ class StudyOut(BaseModel):
     shape: list[int]
     spacing_mm: list[float]
     units: str | None
+    orientation: str
     warnings: list[str]
     report_state: ReportState
     has_model_notice: str

@@ -14,6 +14,7 @@ export function details(study) {
     ["Voxels", study.shape?.length && `${format.grid(study.shape)} (slices × rows × columns)`],
     ["Spacing", study.spacing_mm?.length && format.spacing(study.spacing_mm)],
     ["Values", study.units === "HU" ? "Hounsfield units" : "Not calibrated"],
+    ["Orientation", study.orientation === "unknown" ? "Not known: sides are not marked" : null],
     ["Received", `${format.moment(study.created)}${study.created_by ? `, from ${study.created_by}` : ""}`],
     ["Came by", study.source],
     ["Study UID", study.study_uid],
