@@ -31,14 +31,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--away", type=float, default=30, help="seconds without a database")
+    parser.add_argument("--only", choices=("worker", "server", "database"))
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = {
-            "worker killed in a report": kill_workers(Path(folder, "workers"), given.rounds),
-            "server killed in a sign-off": kill_servers(Path(folder, "servers"), given.rounds),
-            "database away": stop_database(Path(folder, "database"), given.away),
-        }
-    print(json.dumps(result, indent=2))
+    trials = {
+        "worker": lambda folder: kill_workers(folder, given.rounds),
+        "server": lambda folder: kill_servers(folder, given.rounds),
+        "database": lambda folder: stop_database(folder, given.away),
+    }
+    for name, trial in trials.items():
+        if given.only in (None, name):
+            with tempfile.TemporaryDirectory() as folder:
+                print(json.dumps({name: trial(Path(folder))}, indent=2), flush=True)
 
 
 def kill_workers(folder: Path, rounds: int) -> dict[str, int]:

@@ -29,7 +29,7 @@ DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 
 def serve(
     config: ConfigOption = None,
     host: Annotated[str | None, typer.Option(help="Address to bind; 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="8000.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to bind; 8000.")] = None,
     model: ModelOption = None,
     data: DataOption = None,
     database: DatabaseOption = None,
