@@ -79,7 +79,7 @@ def kill_servers(folder: Path, rounds: int) -> dict[str, int]:
             answers: list[int] = []
             signing = threading.Thread(target=sign, args=(server, study, version, answers))
             signing.start()
-            time.sleep(random.uniform(0, 0.03))
+            time.sleep(random.uniform(0, 0.2))
             server.kill()
             signing.join()
         check_signatures(folder / "data", study, acknowledged=answers == [200])

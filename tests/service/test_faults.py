@@ -62,7 +62,7 @@ def test_a_worker_killed_in_a_report_and_the_server_in_a_sign_off(tmp_path, phan
 
         signing = threading.Thread(target=sign)
         signing.start()
-        time.sleep(random.uniform(0, 0.03))
+        time.sleep(random.uniform(0, 0.1))
         os.kill(server.process.pid, signal.SIGKILL)  # and not its workers
         signing.join()
         until = time.monotonic() + 60
