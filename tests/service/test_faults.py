@@ -93,13 +93,15 @@ def test_clients_that_hang_up_free_their_slots(tmp_path, phantom_files):
         url = f"/api/studies/{study}/questions"
         job = client.post(url, json={"text": "Is it large?"}).json()["job"]["id"]
         with client.stream("GET", f"/api/jobs/{job}/events") as stream:
-            assert next(stream.iter_lines()).startswith("id:")
+            lines = stream.iter_lines()  # held: the stream closes with it
+            assert next(lines).startswith("id:")
             assert app.state.streams == 1
         chat = {"model": "demo", "stream": True, "study": study}
         chat["messages"] = [{"role": "user", "content": "Is there pneumothorax?"}]
         with client.stream("POST", "/v1/chat/completions", json=chat) as stream:
             assert stream.status_code == 200
-            assert next(stream.iter_lines()).startswith("data:")
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data:")
         jobs = client.get("/api/jobs", params={"study": study}).json()["jobs"]
         waiting = [one["id"] for one in jobs if one["kind"] == "ask"]
         assert waiting[1] == job
