@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types check demo-model clean
+.PHONY: demo test lint types check demo-model vendor clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -41,6 +41,10 @@ demo-model: $(STAMP)
 	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
 	$(BIN)/python recipes/demo/bundle.py
 	$(BIN)/med3dvlm evaluate calibration --model demo --save
+
+# Fetches again what the workstation's page carries from npm; needs npm and a network.
+vendor:
+	$(PYTHON) tools/vendor.py
 
 clean:
 	rm -rf $(VENV) runs med3dvlm-demo

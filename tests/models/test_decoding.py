@@ -247,3 +247,25 @@ def test_only_the_last_used_are_kept():
     assert recent.get(["d", "e", "f"], make) == ["value 0", "value 1", "value 2"]
     assert len(recent.kept) == 2
     assert copy.deepcopy(recent).kept == {}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_texts_can_be_followed_and_ended_early(model, visual, kind):
+    other = with_language_model(model, kind)
+    whole = [t for t, _ in other._write_tokens(visual, QUESTIONS, max_new_tokens=LONG)]
+    heard: list[list[int]] = [[] for _ in QUESTIONS]
+
+    def watch(rows: list[int], tokens: list[int]) -> set[int]:
+        for row, token in zip(rows, tokens, strict=True):
+            heard[row].append(token)
+        return {2} if len(heard[2]) >= 3 else set()
+
+    other._write_tokens(visual, QUESTIONS, max_new_tokens=LONG, watch=watch)
+    for row, tokens in enumerate(heard):
+        expected = whole[row][:3] if row == 2 else whole[row][: len(tokens)]
+        assert tokens == expected and len(tokens) in (3, LONG, 1 + find_end(other, whole[row]))
+
+
+def find_end(model: Med3DVLM, tokens: list[int]) -> int:
+    end = model._greedy().eos_token_id
+    return tokens.index(end) if end in tokens else len(tokens)

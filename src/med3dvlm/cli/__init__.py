@@ -15,15 +15,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from med3dvlm.cli import (
+    access,
     archive,
     benchmark,
     classify,
     demo,
     evaluate,
     experiment,
+    export,
     models,
+    pacs,
     phantoms,
     read,
+    service,
     store,
     train,
 )
@@ -72,6 +76,14 @@ app.add_typer(evaluate.app, name="evaluate")
 app.command("experiment")(experiment.experiment)
 app.add_typer(models.app, name="model")
 app.add_typer(benchmark.app, name="benchmark")
+app.command("serve")(service.serve)
+app.command("work")(service.work)
+app.add_typer(service.app, name="service")
+app.add_typer(access.users_app, name="users")
+app.add_typer(access.keys_app, name="keys")
+app.add_typer(access.audit_app, name="audit")
+app.add_typer(export.app, name="export")
+app.add_typer(pacs.app, name="pacs")
 
 
 def main() -> None:

@@ -23,15 +23,11 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from med3dvlm.notice import notice_of
+
 if TYPE_CHECKING:
     from med3dvlm.models import Med3DVLM, VolumeTextDualEncoder
     from med3dvlm.scan import Scan
-
-NOTICE = "Draft by a research model. Not a medical device; a clinician must check every word."
-DEMO_NOTICE = (
-    "The bundled demo model has only ever seen generated phantoms. About a real patient its "
-    "words mean nothing."
-)
 
 errors = Console(stderr=True)
 
@@ -63,6 +59,14 @@ def fail(error: BaseException) -> NoReturn:
         text = f"{error.filename or 'a file'}: {error.strerror}."
     sys.stderr.write(f"Error: {text}\n")
     raise SystemExit(1)
+
+
+def need_hospital() -> None:
+    """Refuse in one sentence where the libraries for PACS and FHIR are missing."""
+    try:
+        import med3dvlm.hospital  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"this needs {error.name}: pip install 'med3dvlm[pacs]'.") from error
 
 
 def print_json(value: Any) -> None:
@@ -146,7 +150,7 @@ def provenance(model: Any) -> dict[str, str]:
 
 def notice(model: Any) -> str:
     """The sentence that every result carries."""
-    return f"{NOTICE} {DEMO_NOTICE}" if model.label == "demo" else NOTICE
+    return notice_of(model.label)
 
 
 def print_notice(model: Any) -> None:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from med3dvlm.cli import common
+from med3dvlm.notice import DEMO_NOTICE, NOTICE
 
 REAL_CT = "assets/scans/ct_abdomen_pelvis.nii.gz"
 PHANTOMS = 12
@@ -38,7 +39,7 @@ def demo(
 
     out.rule("1. A real CT")
     out.print(f"{Path(path).name}: {_size(read)}. Model: demo, {_parameters(vlm)}.")
-    out.print(f"[yellow]{escape(common.DEMO_NOTICE)}[/yellow]")
+    out.print(f"[yellow]{escape(DEMO_NOTICE)}[/yellow]")
     _report(out, vlm, read, output / "real-ct.png", "Draft report")
     _questions(out, vlm, read)
 
@@ -57,7 +58,7 @@ def demo(
         'med3dvlm ask YOUR_DICOM_FOLDER "Is there a pleural effusion?" -c yes -c no', markup=False
     )
     out.print("med3dvlm model info demo      (figures and limits: its model card)", markup=False)
-    out.print(common.NOTICE, style="dim", markup=False)
+    out.print(NOTICE, style="dim", markup=False)
 
 
 def _size(scan: Any) -> str:

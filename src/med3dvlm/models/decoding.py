@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from med3dvlm.scan import Scan
 
 T = TypeVar("T")
+Watch = Callable[[list[int], list[int]], Collection[int]]
+"""Told (texts, their next tokens) at every step; gives the texts that are to end there."""
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, (rows, heads, columns, dim)
 
 COLUMNS_AT_ONCE = 8192  # rows times columns of one scoring pass
@@ -338,6 +340,7 @@ def write(
     max_new_tokens: int,
     end: int,
     streamer: Any = None,
+    watch: Watch | None = None,
 ) -> list[tuple[list[int], float]]:
     """Continue each prompt greedily; a row that has ended makes room for the next prompt.
 
@@ -345,6 +348,7 @@ def write(
         visual: (n, N, width), one row a prompt.
         end: token that ends a text.
         streamer: is fed the prompt and then each token, where there is one prompt.
+        watch: follows the texts by their number, and may end them early.
 
     Returns:
         For each prompt its new tokens and the geometric mean of their probabilities.
@@ -365,12 +369,14 @@ def write(
         chosen = live.logits.argmax(-1)
         told = -F.cross_entropy(live.logits, chosen, reduction="none")
         going = []
+        stopped = watch(live.numbers, chosen.tolist()) if watch is not None else ()
         for row, (number, token, log_probability) in enumerate(
             zip(live.numbers, chosen.tolist(), told.tolist(), strict=True)
         ):
             texts[number].tokens.append(token)
             texts[number].log_probability += log_probability
-            if token != end and len(texts[number].tokens) < max_new_tokens:
+            full = len(texts[number].tokens) >= max_new_tokens
+            if token != end and not full and number not in stopped:
                 going.append(row)
         if streamer is not None:
             streamer.put(chosen.cpu())

@@ -24,6 +24,7 @@ from transformers import (
     GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
+    StoppingCriteria,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -31,6 +32,7 @@ from med3dvlm.models.checkpoint import HasProcessor, as_config
 from med3dvlm.models.dcformer import init_encoder_weights
 from med3dvlm.models.decoding import (
     Recent,
+    Watch,
     content_of,
     left_padded,
     score,
@@ -153,6 +155,21 @@ class Answer(str):
         answer.confidence = confidence
         answer.choices = list(choices)
         return answer
+
+
+class _Watched(StoppingCriteria):
+    """Tells `watch` the last tokens of the texts that go on, and ends those that it names."""
+
+    def __init__(self, watch: Watch, *, end: int):
+        self.watch, self.end = watch, end
+        self.ended: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        tokens = input_ids[:, -1].tolist()
+        going = [row for row in range(len(tokens)) if row not in self.ended]
+        self.ended.update(self.watch(going, [tokens[row] for row in going]))
+        self.ended.update(row for row in going if tokens[row] == self.end)
+        return torch.tensor([row in self.ended for row in range(len(tokens))]).to(input_ids.device)
 
 
 class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
@@ -370,6 +387,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         prompt: str | None = None,
         max_new_tokens: int = 256,
         streamer: Any = None,
+        watch: Watch | None = None,
         **generation: Any,
     ) -> Any:
         """Draft a report; a list of scans gives a list of reports, written side by side.
@@ -378,6 +396,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             scan: a scan, a path, a list of either, or visual tokens from :meth:`see`.
             prompt: another instruction than the config's `report_prompt`.
             streamer: a transformers streamer that is fed the tokens as they come (one scan).
+            watch: is told the tokens of each report as they come, and may end reports early.
             generation: options of transformers' `generate`; greedy where none is given.
         """
         instruction = prompt or self.config.report_prompt
@@ -387,6 +406,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             [instruction] * len(visual),
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            watch=watch,
             **generation,
         )
         return answers[0] if single else answers
@@ -399,12 +419,14 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         *,
         max_new_tokens: int = 128,
         streamer: Any = None,
+        watch: Watch | None = None,
         **generation: Any,
     ) -> Any:
         """Answer a question about a scan; lists of scans or questions give a list of answers.
 
         One scan with several questions is encoded once. With `choices`, each choice is scored by
-        its likelihood and the likeliest is the answer.
+        its likelihood and the likeliest is the answer. `watch` is told the tokens of each answer
+        as they come, and may end answers early.
 
         Raises:
             ValueError: for an empty question, fewer than two choices, lists of different
@@ -428,7 +450,12 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             answers = self.choose(visual, questions, [choices] * len(questions))
         else:
             answers = self._write(
-                visual, questions, max_new_tokens=max_new_tokens, streamer=streamer, **generation
+                visual,
+                questions,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                watch=watch,
+                **generation,
             )
         return answers[0] if one_scan and isinstance(question, str) else answers
 
@@ -446,12 +473,9 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         instructions: list[str],
         *,
         max_new_tokens: int,
-        streamer: Any = None,
-        **generation: Any,
+        **how: Any,
     ) -> list[Answer]:
-        written = self._write_tokens(
-            visual, instructions, max_new_tokens=max_new_tokens, streamer=streamer, **generation
-        )
+        written = self._write_tokens(visual, instructions, max_new_tokens=max_new_tokens, **how)
         tokens, confidences = zip(*written, strict=True)
         texts = self.processor.tokenizer.batch_decode(list(tokens), skip_special_tokens=True)
         return [
@@ -465,6 +489,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         *,
         max_new_tokens: int,
         streamer: Any = None,
+        watch: Watch | None = None,
         **generation: Any,
     ) -> list[tuple[list[int], float]]:
         """The tokens of each answer, and its confidence."""
@@ -472,7 +497,12 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         self._check_length(max(map(len, prompts)))
         if generation or not shares_prefixes(self, prompts):
             return self._generate(
-                visual, prompts, max_new_tokens=max_new_tokens, streamer=streamer, **generation
+                visual,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                watch=watch,
+                **generation,
             )
         settings = self._greedy()
         if streamer is not None:
@@ -484,13 +514,20 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             max_new_tokens=max_new_tokens,
             end=settings.eos_token_id,
             streamer=streamer,
+            watch=watch,
         )
         if streamer is not None:
             streamer.end()
         return written
 
     def _generate(
-        self, visual: Tensor, prompts: list[list[int]], *, streamer: Any = None, **generation: Any
+        self,
+        visual: Tensor,
+        prompts: list[list[int]],
+        *,
+        streamer: Any = None,
+        watch: Watch | None = None,
+        **generation: Any,
     ) -> list[tuple[list[int], float]]:
         """What `write` gives, by the library: with its options, and for any language model."""
         settings = self._greedy()
@@ -503,6 +540,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             visual_tokens=visual,
             generation_config=settings,
             streamer=streamer,
+            stopping_criteria=[_Watched(watch, end=settings.eos_token_id)] if watch else None,
         )
         new = out.sequences[:, input_ids.shape[1] :]
         log_probs = torch.stack(out.logits, dim=1).float().log_softmax(-1)

@@ -115,7 +115,7 @@ def _read(
     else:
         headers = series_of_file(path, items, notes)
     headers = choose_series(name, headers, series, notes)
-    slices = [one for header in headers for one in _slices(header)]
+    slices = [one for header in headers for one in slices_of(header)]
     slices, shape = _sorted_slices(name, slices, frame)
     volume = _decode(slices, shape, notes, progress)
     volume, slices = _drop_duplicates(name, volume, slices, notes)
@@ -134,7 +134,12 @@ def _read(
 # --- planes ---------------------------------------------------------------------------------
 
 
-def _slices(header: Header) -> Iterator[Slice]:
+def slices_of(header: Header) -> Iterator[Slice]:
+    """The planes of a file: one, or one for each frame.
+
+    Raises:
+        ScanError: where the header does not say where they lie, or claims the impossible.
+    """
     dataset, name = header.dataset, header.item.name
     frames = frames_of(header)
     try:

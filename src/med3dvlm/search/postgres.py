@@ -44,8 +44,8 @@ class PostgresPlace:
 
     @property
     def connection(self) -> Any:
-        """This thread's own: transactions of several threads must not mix."""
-        if not hasattr(self.threads, "connection"):
+        """This thread's own, as transactions of several must not mix; a new one if it broke."""
+        if not hasattr(self.threads, "connection") or self.threads.connection.closed:
             self.threads.connection = self._connect()
         return self.threads.connection
 

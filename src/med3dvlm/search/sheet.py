@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from med3dvlm.files import atomic_file
 from med3dvlm.picture import SOFT_TISSUE
-from med3dvlm.scan import ScanError, read_scan
+from med3dvlm.scan import Scan, ScanError, read_scan
 from med3dvlm.search.items import IN_STORE, item_of
 from med3dvlm.search.study import Hit, Study
 
@@ -101,7 +101,18 @@ def middle_slices(path: str) -> Image.Image:
     Raises:
         ScanError, ValueError, OSError: if it cannot be read.
     """
-    volume, (z, y, x), (low, high) = _volume(path)
+    return _strip(*_volume(path))
+
+
+def scan_strip(scan: Scan) -> Image.Image:
+    """The same of a scan that was read."""
+    return _strip(*_shown(scan))
+
+
+def _strip(
+    volume: np.ndarray, spacing_mm: tuple[float, float, float], window: tuple[float, float]
+) -> Image.Image:
+    (z, y, x), (low, high) = spacing_mm, window
     depth, height, width = (n // 2 for n in volume.shape)
     planes = [
         (volume[depth], y, x),
@@ -144,7 +155,10 @@ def _volume(
         ]
         z, y, x = store.preparation.spacing_mm or spacing
         return volume, (z, y, x), (store.quantisation.low, store.quantisation.high)
-    scan = read_scan(path)
+    return _shown(read_scan(path))
+
+
+def _shown(scan: Scan) -> tuple[np.ndarray, tuple[float, float, float], tuple[float, float]]:
     if scan.units == "HU":
         return scan.array, scan.spacing_mm, SOFT_TISSUE
     low, high = np.percentile(scan.array[:: max(1, len(scan.array) // 32)], [1, 99.5])

@@ -1,0 +1,14 @@
+"""The sentences that stand under everything a model wrote, wherever it is shown."""
+
+from __future__ import annotations
+
+NOTICE = "Draft by a research model. Not a medical device; a clinician must check every word."
+DEMO_NOTICE = (
+    "The bundled demo model has only ever seen generated phantoms. About a real patient its "
+    "words mean nothing."
+)
+
+
+def notice_of(label: str) -> str:
+    """The sentence that every result of a model carries, by the model's label."""
+    return f"{NOTICE} {DEMO_NOTICE}" if label == "demo" else NOTICE

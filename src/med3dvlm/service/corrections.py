@@ -1,0 +1,42 @@
+"""What people signed, as training data: a manifest with the volumes beside it.
+
+med3dvlm service corrections signed/
+med3dvlm prepare folder signed/ -o signed.store --preparation …
+med3dvlm train instruction recipe.yaml data.store=signed.store
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from med3dvlm.files import atomic_file
+from med3dvlm.service import reviews
+from med3dvlm.service.core import Service
+
+MANIFEST = "manifest.jsonl"
+
+
+def write_corrections(service: Service, folder: Path) -> int:
+    """Write the manifest of :func:`reviews.corrections` and its volumes; says how many.
+
+    Volumes that are there already are not copied again.
+
+    Raises:
+        ValueError: if nothing was signed yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    rows = []
+    with service.database.reading() as session:
+        for _, row in reviews.corrections(session):
+            target = folder / row["path"]
+            if not target.is_file():
+                with atomic_file(target) as temporary:
+                    shutil.copyfile(service.storage.fetch(row["path"]), temporary)
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    if not rows:
+        raise ValueError("no report was signed yet: there is nothing to learn from.")
+    with atomic_file(folder / MANIFEST) as temporary:
+        temporary.write_text("".join(rows), "utf-8")
+    return len(rows)
