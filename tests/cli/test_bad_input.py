@@ -6,6 +6,7 @@ import gzip
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -135,23 +136,34 @@ CASES = {
 }
 
 
+# Runs a command and writes its peak memory, in kilobytes, into a file. The kernel counts what a
+# process was before it became the command, too: a copy of its parent. So that must be a small one.
+MEASURED = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+process.returncode = os.waitstatus_to_exitcode(status)
+open(sys.argv[1], "w").write(str(usage.ru_maxrss))
+sys.exit(process.returncode)
+"""
+
+
 def command(*arguments: object) -> tuple[subprocess.CompletedProcess[str], float, float]:
     """What came of it, seconds, and the process's own peak memory in megabytes."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "med3dvlm.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    # Output of a refusal is short: both pipes hold it until the process has been waited for.
-    # Waited for by hand, because getrusage(RUSAGE_CHILDREN) is the peak of all children so far.
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    out, err = process.communicate()
-    done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
-    return done, time.monotonic() - start, usage.ru_maxrss / 1024
+    with tempfile.NamedTemporaryFile("r") as peak:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-S", "-c", MEASURED, peak.name),
+                *(sys.executable, "-m", "med3dvlm.cli"),
+                *map(str, arguments),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        return done, time.monotonic() - start, int(peak.read()) / 1024
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess[str]) -> None:

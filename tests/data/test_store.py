@@ -344,7 +344,7 @@ def test_show_and_stats(store, tmp_path):
 
 
 def test_the_store_knows_where_findings_can_be_seen(tmp_path):
-    preparation = replace(PRESETS["demo"], size=(48, 96, 96))
+    preparation = replace(PRESETS["demo"], size=(48, 96, 96), spacing_mm=(8.0, 4.2, 4.2))
     store = prepare_phantoms(tmp_path / "s", 6, split="test", preparation=preparation, workers=1)
     assert store.placed == list(FINDINGS)
     solid = 0

@@ -519,7 +519,7 @@ def test_a_store_that_was_prepared_otherwise_is_refused(tmp_path):
     for command in ("vqa", "report", "retrieval", "zero-shot"):
         result = run(command, tmp_path / "s")
         assert result.exit_code == 1 and "preparations differ" in str(result.exception)
-        assert "size: [8, 16, 16] against [48, 96, 96]" in str(result.exception)
+        assert "size: [8, 16, 16] against [64, 96, 128]" in str(result.exception)
     # one that looks at no volume takes any
     assert run("vqa", tmp_path / "s", "--model", "always-no", "--controls", 0).exit_code == 0
     result = run("vqa", tmp_path / "s", "--model", "question-only")

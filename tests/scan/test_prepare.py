@@ -194,7 +194,7 @@ def test_units_of_length_gone_wrong_stay_bounded(scan):
     )
     assert prepare(metres, PRESETS["ct-rate"]).shape == (1, 240, 480, 480)
     microns = dataclasses.replace(scan, spacing_mm=(0.0025, 0.0007, 0.0008))
-    assert prepare(microns, PRESETS["demo"]).shape == (1, 48, 96, 96)
+    assert prepare(microns, PRESETS["demo"]).shape == (1, 64, 96, 128)
 
 
 # --- the grid of the result -----------------------------------------------------------------

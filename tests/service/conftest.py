@@ -128,9 +128,9 @@ def running(tmp_path: Path, **settings: Any) -> Iterator[Running]:
         yield Running(client)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(tmp_path_factory) -> Iterator[Running]:
-    """A service that all tests share: leave its studies be."""
+    """A service that the tests of a file share: leave its studies be."""
     yield from running(tmp_path_factory.mktemp("service"), user_limit=100)
 
 
@@ -155,7 +155,7 @@ def fresh_study(service, tmp_path) -> dict[str, Any]:
     return service.upload(tmp_path / nifti.write_study(make_study(number, split="test"), tmp_path))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def study(service, phantom_files) -> dict[str, Any]:
     """A ready study of the shared service, to be read and asked about; do not sign it."""
     return service.upload(phantom_files[0])

@@ -174,7 +174,7 @@ def test_corrections_train(service, fresh_study, tmp_path):
 
 
 def test_confidences_of_a_calibrated_model(tmp_path, phantom_files):
-    """Null without a calibration (see the story); with one, numbers, and what is withheld."""
+    """Numbers, and what is withheld."""
     import shutil
 
     from med3dvlm.evidence import Calibration
@@ -237,3 +237,22 @@ def test_a_study_is_thrown_away_whole(tmp_path, phantom_files):
             assert verify(session).sound
             assert "study.delete" in session.scalars(select(AuditRow.action)).all()
         assert service.upload(phantom_files[0])["id"] != study
+
+
+def test_without_a_calibration_there_are_no_confidences(tmp_path, phantom_files):
+    import shutil
+
+    from med3dvlm.hub import resolve
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("demo"), folder, ignore=shutil.ignore_patterns("calibration.json"))
+    for service in running(tmp_path / "data", model=str(folder)):
+        study = service.upload(phantom_files[0])
+        url = f"/api/studies/{study['id']}"
+        body = {"text": "Is there pleural effusion?", "choices": ["yes", "no"]}
+        asked = service.done(service.client.post(f"{url}/questions", json=body).json()["job"])
+        assert asked["result"]["confidence"] is None and asked["result"]["calibrated"] is False
+        assert asked["result"]["choices_confidence"] is None
+        report = service.draft(study["id"])
+        assert report["calibrated"] is False
+        assert {one["confidence"] for one in report["sentences"]} == {None}

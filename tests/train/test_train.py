@@ -262,7 +262,7 @@ def test_time_limit_ends_a_run(tmp_path, store):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("demo*/*.yaml")), ids=str)
 def test_the_committed_recipes_can_be_read(path):
     recipe = load_recipe(path)
-    stages = {"search": "contrastive", "questions": "instruction"}
+    stages = {"search": "contrastive", "longer": "contrastive"}
     assert recipe.stage == stages.get(path.stem, path.stem)
     if recipe.preparation:
         preparation = Preparation.from_dict(recipe.preparation)

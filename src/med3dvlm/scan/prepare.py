@@ -462,10 +462,10 @@ PRESETS: dict[str, Preparation] = {
     ),
     # lung, soft tissue and bone in one map: most grey levels for soft tissue
     "demo": Preparation(
-        size=(48, 96, 96),
+        size=(64, 96, 128),
         intensity="window",
         window=((-1000.0, 0.0), (-700.0, 0.22), (-160.0, 0.36), (240.0, 0.92), (1000.0, 1.0)),
-        spacing_mm=(8.0, 4.2, 4.2),
+        spacing_mm=(6.2, 3.1, 3.1),
         fit="pad",
         pad_value=0.0,
         antialias=True,

@@ -124,11 +124,20 @@ def test_sides_are_marked_only_where_the_file_knows_them(signed_in: Page, site: 
 # --- confidence ---------------------------------------------------------------------------
 
 
-def test_a_model_without_calibration_says_so(signed_in: Page, study):
-    open_study(signed_in, study)
-    _draft(signed_in)
-    expect(signed_in.locator(".report-head")).to_contain_text("not calibrated")
-    expect(signed_in.locator(".sentence .confidence")).to_have_count(0)
+def test_a_model_without_calibration_says_so(browser, phantom_files, tmp_path):
+    bundled, folder = files("med3dvlm") / "assets" / "demo", tmp_path / "demo"
+    shutil.copytree(bundled, folder, ignore=shutil.ignore_patterns("calibration.json"))
+    with serving(tmp_path, model=str(folder)) as site:
+        study = site.upload(phantom_files[1])
+        with watched(browser, site) as page:
+            sign_in(page, site)
+            open_study(page, study)
+            _draft(page)
+            expect(page.locator(".report-head")).to_contain_text("not calibrated")
+            expect(page.locator(".sentence .confidence")).to_have_count(0)
+
+
+def test_the_notice_is_always_there(signed_in: Page):
     expect(signed_in.locator(".notice")).to_contain_text("only ever seen generated phantoms")
 
 
