@@ -7,6 +7,7 @@ import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from med3dvlm.scan import Preparation, Scan, prepare, read_scan
 
 IMAGE_TOKEN = "<im_patch>"
 IGNORED = -100
+TOKENIZING = Lock()
 
 
 class VolumeFeatureExtractor(FeatureExtractionMixin):
@@ -131,10 +133,15 @@ class Med3DVLMProcessor(ProcessorMixin):
 
     # --- texts for the dual encoder -----------------------------------------------------------
 
+    def _tokenize(self, texts: str | list[str], **how: Any) -> BatchEncoding:
+        """By one thread at a time: padding and truncation are a state of the fast tokenizers."""
+        with TOKENIZING:
+            return self._needed_tokenizer()(texts, **how)
+
     def tokens(self, texts: Sequence[str]) -> BatchEncoding:
         """Tokens (n, N) of plain texts, padded on the right, cut by whole sentences."""
         cut = [self.cut_by_sentences(text) for text in texts]
-        return self._needed_tokenizer()(
+        return self._tokenize(
             cut,
             padding=True,
             padding_side="right",
@@ -147,7 +154,7 @@ class Med3DVLMProcessor(ProcessorMixin):
         """As many whole sentences from the start as fit in `max_text_tokens`."""
 
         def fits(part: str) -> bool:
-            return len(self._needed_tokenizer()(part)["input_ids"]) <= self.max_text_tokens
+            return len(self._tokenize(part)["input_ids"]) <= self.max_text_tokens
 
         if fits(text):
             return text
@@ -168,7 +175,7 @@ class Med3DVLMProcessor(ProcessorMixin):
 
     def prompts(self, instructions: Sequence[str]) -> BatchEncoding:
         """Tokens (n, N) of prompts to be continued, padded on the left."""
-        return self._needed_tokenizer()(
+        return self._tokenize(
             [self.prompt(text) for text in instructions],
             padding=True,
             padding_side="left",
@@ -177,12 +184,12 @@ class Med3DVLMProcessor(ProcessorMixin):
 
     def prompt_tokens(self, instructions: Sequence[str]) -> list[list[int]]:
         """The tokens of prompts to be continued, without padding."""
-        return self._needed_tokenizer()([self.prompt(text) for text in instructions])["input_ids"]
+        return self._tokenize([self.prompt(text) for text in instructions])["input_ids"]
 
     def target_tokens(self, targets: Sequence[str]) -> list[list[int]]:
         """The tokens of answers, each with the end token."""
         tokenizer = self._needed_tokenizer()
-        found = tokenizer(list(targets), add_special_tokens=False)["input_ids"]
+        found = self._tokenize(list(targets), add_special_tokens=False)["input_ids"]
         return [[*tokens, tokenizer.eos_token_id] for tokens in found]
 
     def training_batch(self, turns: Sequence[Sequence[tuple[str, str]]]) -> BatchEncoding:
@@ -222,10 +229,10 @@ class Med3DVLMProcessor(ProcessorMixin):
         tokenizer = self._needed_tokenizer()
         ids, labels, numbers, positions = [], [], [], []
         for number, (instruction, answer) in enumerate(pairs, start=1):
-            prompt = tokenizer(self.prompt(instruction))["input_ids"]
+            prompt = self._tokenize(self.prompt(instruction))["input_ids"]
             image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
             seen = max((i + 1 for i, token in enumerate(prompt) if token == image), default=0)
-            said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            said = self._tokenize(answer, add_special_tokens=False)["input_ids"]
             said = [*said, tokenizer.eos_token_id]
             start = 0 if number == 1 else seen
             ids += [*prompt[start:], *said]
