@@ -153,6 +153,7 @@ def check_bf16():
 
 def check_registered():
     import torch
+    from torch import library
 
     from med3dvlm.models import kernels
 
@@ -167,7 +168,7 @@ def check_registered():
         kernels.decomposed: (x, taps, per_channel, dtype),
         kernels.normalised: (*differentiable, 1e-5, dtype),
     }
-    results = [torch.library.opcheck(op, args, test_utils=which) for op, args in calls.items()]
+    results = [library.opcheck(op, args, test_utils=which) for op, args in calls.items()]
     return {f"{i} {name}": said for i, r in enumerate(results) for name, said in r.items()}
 
 

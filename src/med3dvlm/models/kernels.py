@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 if TYPE_CHECKING:
     from med3dvlm.models.dcformer import DecomposedConv3d
@@ -93,7 +93,7 @@ def _count(norms: tuple[Any, ...], mean: Tensor, var: Tensor, count: int) -> Non
 # --- operations -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("med3dvlm::decomposed", mutates_args=())
+@library.custom_op("med3dvlm::decomposed", mutates_args=())
 def decomposed(x: Tensor, taps: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """Three depthwise convolutions, one along each axis, summed, and an offset.
 
@@ -121,7 +121,7 @@ def _decomposed_backward(ctx, g: Tensor):
     return (*decomposed_gradients(x, g.contiguous(), taps), None)
 
 
-@torch.library.custom_op("med3dvlm::decomposed_gradients", mutates_args=())
+@library.custom_op("med3dvlm::decomposed_gradients", mutates_args=())
 def decomposed_gradients(x: Tensor, g: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of :func:`decomposed`, with g the output's gradient: those of x, taps and offset."""
     zero = torch.zeros_like(taps[0, 0])
@@ -137,7 +137,7 @@ def _(x: Tensor, g: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 decomposed.register_autograd(_decomposed_backward, setup_context=_keep_decomposed)
 
 
-@torch.library.custom_op("med3dvlm::normalised", mutates_args=())
+@library.custom_op("med3dvlm::normalised", mutates_args=())
 def normalised(
     x: Tensor, taps: Tensor, gamma: Tensor, offset: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +175,7 @@ def _normalised_backward(ctx, g: Tensor, _mean, _var):
     return (*normalised_gradients(*ctx.saved_tensors, g.contiguous(), ctx.eps), None, None)
 
 
-@torch.library.custom_op("med3dvlm::normalised_gradients", mutates_args=())
+@library.custom_op("med3dvlm::normalised_gradients", mutates_args=())
 def normalised_gradients(
     x: Tensor, taps: Tensor, gamma: Tensor, mean: Tensor, var: Tensor, g: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -280,7 +280,7 @@ class Worker:
         """Whatever happens, go on: a job whose end could not be written is begun anew in time."""
         try:
             self.work(jobs)
-        except Exception:
+        except Exception:  # a worker that died of one job would leave all others waiting
             log.exception("jobs %s could not be ended", [job.id for job in jobs])
             self.held = {}
 

@@ -96,8 +96,8 @@ class Finding:
         return anatomy
 
     def centre(self, anatomy: Anatomy, placed: PlacedFinding) -> Triple:
-        """Where its middle, or its largest part, lies: (z, y, x) mm."""
-        raise NotImplementedError
+        """Where its middle, or its largest part, lies: (z, y, x) mm. Every kind says its own."""
+        raise NotImplementedError(f"{type(self).__name__} must say where its middle lies.")
 
     def draw(self, torso: Torso, placed: PlacedFinding) -> None:
         """What it adds to the drawn patient."""

@@ -63,7 +63,7 @@ class SecurityHeaders:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception:
+        except Exception:  # raised again below: the client gets a sentence, the log the fault
             if not started:
                 detail = "The server failed; its log says why."
                 response = JSONResponse({"detail": detail}, 500)
