@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from med3dvlm.models import DCFormer, DCFormerConfig, ViT3D, ViT3DConfig
+from med3dvlm.models.windows import through_windows
 from med3dvlm.models.dcformer import VARIANTS, DecomposedConv3d, PatchConv3d, convolve_as_matrix
 
 # Parameters as counted in the published implementation.
@@ -214,16 +215,31 @@ def test_unknown_settings_are_refused():
 
 
 def test_the_stem_sees_each_voxel_through_every_window():
-    stem = tiny(stem_patches=True, stem_windows=[[0.0, 0.5], [0.5, 0.6]]).stem
     values = torch.tensor([-1.0, 0.0, 0.25, 0.55, 2.0]).view(1, 1, 5, 1, 1)
-    seen = stem.windowed(values)
+    seen = through_windows(values, [[0.0, 0.5], [0.5, 0.6]])
     assert seen.shape == (1, 2, 5, 1, 1)
     torch.testing.assert_close(seen[0, 0].flatten(), torch.tensor([0, 0, 0.5, 1, 1]))
     torch.testing.assert_close(seen[0, 1].flatten(), torch.tensor([0, 0, 0, 0.5, 1]))
-    assert tiny().stem.windowed(values) is values
+    assert through_windows(values, []) is values
 
 
+@pytest.mark.parametrize("kind", ["dcformer", "vit3d"])
+def test_an_encoder_with_windows_tells_apart_only_what_they_show(kind):
+    windows = [[0.2, 0.4]]
+    if kind == "dcformer":
+        model = tiny(stem_patches=True, stem_windows=windows)
+    else:
+        size = {"volume_size": (16, 16, 16), "patch_size": (8, 8, 8), "hidden_size": 16}
+        model = ViT3D(ViT3DConfig(**size, num_layers=2, num_heads=2, stem_windows=windows))
+    model = model.eval()
+    x = torch.rand(1, 1, 16, 16, 16) / 2
+    same = torch.where(x > 0.4, x + 10, x)
+    assert torch.equal(model(x)[-1], model(same)[-1])
+    assert not torch.equal(model(x)[-1], model(x + 0.05)[-1])
+
+
+@pytest.mark.parametrize("config", [DCFormerConfig, ViT3DConfig])
 @pytest.mark.parametrize("windows", [[[0.5, 0.5]], [[1.0, 0.0]], [[0.0]]])
-def test_a_window_is_a_low_and_a_higher_value(windows):
+def test_a_window_is_a_low_and_a_higher_value(config, windows):
     with pytest.raises(ValueError, match="stem_windows"):
-        DCFormerConfig(stem_windows=windows)
+        config(stem_windows=windows)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from med3dvlm.models.fused import kernels, runs_fused
+from med3dvlm.models.windows import through_windows
 
 if TYPE_CHECKING:
     from med3dvlm.models.dcformer import (
@@ -177,7 +178,7 @@ class _Stem:
     def __init__(self, stem: Stem, dtype: torch.dtype):
         first, *rest = stem.layers
         self.dtype = dtype
-        self.windowed = stem.windowed
+        self.windows = stem.windows
         self.voxels = _Patches(first) if hasattr(first, "proj") else _LinesThrough(first)
         self.gelu = isinstance(stem.activation, torch.nn.GELU)
         self.channels = self.voxels.weight.shape[1]
@@ -191,7 +192,7 @@ class _Stem:
         self.layers = [_Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines, strict=True)]
 
     def __call__(self, volumes: Tensor) -> Tensor:
-        views = [self.voxels(self.windowed(volume)) for volume in volumes]
+        views = [self.voxels(through_windows(volume, self.windows)) for volume in volumes]
         shape = len(volumes), *views[0][0].shape[:3], self.channels
         result = volumes.new_empty(shape, dtype=self.dtype)
         for parts, target in zip(views, result, strict=True):

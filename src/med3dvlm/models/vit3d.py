@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from med3dvlm.models.dcformer import init_encoder_weights
+from med3dvlm.models.windows import check_windows, through_windows
 
 
 class ViT3DConfig(PretrainedConfig):
@@ -22,6 +23,7 @@ class ViT3DConfig(PretrainedConfig):
         patch_size: (D, H, W) of a patch, voxels; must divide `volume_size`.
         low_stream_layer: which layer's patch tokens are the low stream (the high stream is the
             last layer's).
+        stem_windows: as of a :class:`~med3dvlm.models.dcformer.DCFormerConfig`.
     """
 
     model_type = "med3dvlm_vit3d"
@@ -35,6 +37,7 @@ class ViT3DConfig(PretrainedConfig):
         num_heads: int = 12,
         in_channels: int = 1,
         low_stream_layer: int = -2,
+        stem_windows: list[list[float]] | None = None,
         initializer_range: float = 0.02,
         **kwargs,
     ):
@@ -50,6 +53,7 @@ class ViT3DConfig(PretrainedConfig):
         self.num_heads = num_heads
         self.in_channels = in_channels
         self.low_stream_layer = low_stream_layer
+        self.stem_windows = check_windows(stem_windows or [])
         self.initializer_range = initializer_range
         super().__init__(**kwargs)
 
@@ -77,7 +81,8 @@ class ViT3D(PreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         patch = tuple(config.patch_size)
-        self.patchify = nn.Conv3d(config.in_channels, width, kernel_size=patch, stride=patch)
+        channels = config.in_channels * max(1, len(config.stem_windows))
+        self.patchify = nn.Conv3d(channels, width, kernel_size=patch, stride=patch)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, config.num_patches + 1, width))
         self.layers = nn.ModuleList(
@@ -106,7 +111,7 @@ class ViT3D(PreTrainedModel):
             nn.init.trunc_normal_(self.class_token, std=self.config.initializer_range)
 
     def forward(self, volumes: Tensor) -> list[Tensor]:
-        x = self.patchify(volumes).flatten(2).transpose(1, 2)  # (B, N, C)
+        x = self._patches(through_windows(volumes, self.config.stem_windows))
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         states = []
         for layer in self.layers:
@@ -114,6 +119,13 @@ class ViT3D(PreTrainedModel):
             states.append(x)
         states[-1] = self.norm(x)
         return [state[:, 1:] for state in states[:-1]] + [states[-1]]
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) -> (B, N, width), as one product: conv3d is slow at this."""
+        for axis, size in enumerate(self.config.patch_size):
+            x = x.unfold(2 + axis, size, size)
+        rows = x.movedim(1, 4).flatten(4).flatten(1, 3)  # (B, N, voxels of a patch)
+        return nn.functional.linear(rows, self.patchify.weight.flatten(1), self.patchify.bias)
 
     def pool(self, streams: list[Tensor]) -> Tensor:
         """The class token of the last layer: (B, C)."""
