@@ -30,9 +30,6 @@ types: $(STAMP)
 check: lint types test
 
 # Trains the bundled demo model from nothing: phantoms, three stages, figures, model card.
-# Memory that is given back and asked for again at each step takes a tenth to a third of the time.
-demo-model: export MALLOC_MMAP_MAX_ := 0
-demo-model: export MALLOC_TRIM_THRESHOLD_ := 10000000000
 demo-model: $(STAMP)
 	$(BIN)/med3dvlm train contrastive recipes/demo/contrastive.yaml
 	$(BIN)/med3dvlm train contrastive recipes/demo/longer.yaml

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from med3dvlm.models import DCFormer, DCFormerConfig, ViT3D, ViT3DConfig
-from med3dvlm.models.windows import through_windows
 from med3dvlm.models.dcformer import VARIANTS, DecomposedConv3d, PatchConv3d, convolve_as_matrix
+from med3dvlm.models.windows import through_windows
 
 # Parameters as counted in the published implementation.
 PARAMETERS = {
@@ -243,3 +243,20 @@ def test_an_encoder_with_windows_tells_apart_only_what_they_show(kind):
 def test_a_window_is_a_low_and_a_higher_value(config, windows):
     with pytest.raises(ValueError, match="stem_windows"):
         config(stem_windows=windows)
+
+
+def test_a_cpu_finds_maxima_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    model = tiny(layer_scale_init=1.0).train()
+    volumes = torch.rand(2, 1, 32, 32, 32)
+
+    def gradient(bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            streams = model(volumes)
+        loss = model.pool(streams).float().square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        return streams[0], torch.cat([g.flatten() for g in gradients]).double()
+
+    (stem, exact), (same, rounded) = gradient(bf16=False), gradient(bf16=True)
+    assert torch.equal(stem, same)
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.999

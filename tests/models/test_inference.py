@@ -71,6 +71,17 @@ def test_fused_equals_plain_for_other_variants(variant):
     assert closeness(plain, model.optimize_for_inference()(volumes))["error"] < 1e-5
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 5])
+@torch.no_grad()
+def test_only_the_wanted_streams_are_given(last):
+    model = encoder("nano")
+    volumes = torch.rand(1, 1, 20, 33, 17)
+    wanted = model(volumes)[-last:]
+    for given in (model(volumes, last=last), model.optimize_for_inference()(volumes, last=last)):
+        assert len(given) == last
+        assert closeness(wanted, given)["error"] < 1e-5
+
+
 @torch.no_grad()
 def test_bf16_keeps_the_direction_of_the_embedding():
     model = encoder()

@@ -71,7 +71,8 @@ def encoder_forms(what: dict, size: Sequence[int], batch: int) -> list[Form]:
 def make_encoder(
     precision: str | None, variant: str, published: bool, device: str, size: tuple, batch: int
 ) -> Callable[[], list[Tensor]]:
-    """Gives five streams and the pooled state; the plain form where no precision is given."""
+    """Gives the two streams that a language model reads and the pooled state, the embedding
+    before its projection; the plain form, which keeps all streams, where no precision is given."""
     model = example_encoder(variant, published=published).eval()
     volumes = torch.rand(batch, 1, *size, generator=torch.Generator().manual_seed(0)).to(device)
     if precision is None:
@@ -79,10 +80,12 @@ def make_encoder(
     else:
         form = model.to(device).optimize_for_inference(precision)
 
+    wanted = {} if precision is None else {"last": model.config.language_reads}
+
     @torch.inference_mode()
     def run() -> list[Tensor]:
-        streams = form(volumes)
-        return [*streams, model.pool(streams)]
+        streams = form(volumes, **wanted)
+        return [*model.streams(streams), model.pool(streams)]
 
     with torch.inference_mode():
         form(volumes[..., :8, :8, :8])  # so that folding the weights counts with loading them

@@ -105,7 +105,7 @@ def make_own(
     @torch.inference_mode()
     def run() -> Tensor:
         volume = prepare(read_scan(path), preparation)
-        return model.pool(model(torch.from_numpy(volume)[None]))
+        return model.pool(model(torch.from_numpy(volume)[None], last=model.config.pool_reads))
 
     return run
 

@@ -22,7 +22,10 @@ def benchmark_training_step(
     runs: int = 3,
     memory: bool = True,
 ) -> Results:
-    """Time and memory of a step, and how far its gradients agree with the plain form's in fp32."""
+    """Time and memory of a step, and how far its gradients agree with the plain form's in fp32.
+
+    The plain form is a loop of PyTorch; the other has what `med3dvlm train` puts around it.
+    """
     shared = {"variant": variant, "size": tuple(size), "batch": batch, "device": device}
     forms = [
         Form(
@@ -30,6 +33,7 @@ def benchmark_training_step(
             make_step,
             {"plain": plain, "bf16": precision == "bf16", **shared},
             precision,
+            trains=not plain,
         )
         for precision in ("fp32", "bf16")
         for plain in (True, False)

@@ -114,7 +114,8 @@ class VolumeTextDualEncoder(PreTrainedModel, HasProcessor):
 
     def pool_volumes(self, volumes: Tensor) -> Tensor:
         """(B, 1, D, H, W) prepared volumes -> (B, C) pooled states, before the projection."""
-        return self.vision_encoder.pool(self.vision_encoder(volumes))
+        encoder = self.vision_encoder
+        return encoder.pool(encoder(volumes, last=encoder.config.pool_reads))
 
     def get_image_features(self, volumes: Tensor) -> Tensor:
         """(B, 1, D, H, W) prepared volumes -> (B, dim), rows of length 1."""

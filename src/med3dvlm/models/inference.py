@@ -40,7 +40,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLAB_TOKENS = 4096
 """Tokens of the stem computed at once on a CPU: 1 MiB of 64 channels in fp32, a core's cache."""
 
-MLP_TOKENS = 4096
+MLP_TOKENS = 1024
 """Tokens whose hidden values, four times as wide, exist at once on a CPU."""
 
 Offset = tuple[int, int, int]
@@ -59,11 +59,11 @@ class Inference:
         self.precision = precision
         self._folded: tuple[list[tuple[int, int]], InferenceEncoder] | None = None
 
-    def __call__(self, model: DCFormer, volumes: Tensor) -> list[Tensor]:
+    def __call__(self, model: DCFormer, volumes: Tensor, last: int) -> list[Tensor]:
         state = [_version(tensor) for tensor in (*model.parameters(), *model.buffers())]
         if self._folded is None or self._folded[0] != state:
             self._folded = state, InferenceEncoder(model, self.precision)
-        return self._folded[1](volumes)
+        return self._folded[1](volumes, last)
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
@@ -86,12 +86,15 @@ class InferenceEncoder:
         self.stem = _Stem(model.stem, self.dtype)
         self.stages = [_Stage(stage, self.dtype) for stage in model.stages]
 
-    def __call__(self, volumes: Tensor) -> list[Tensor]:
-        """(B, C, D, H, W) -> five of (B, N, C), as DCFormer's forward."""
+    def __call__(self, volumes: Tensor, last: int) -> list[Tensor]:
+        """(B, C, D, H, W) -> the last of five (B, N, C), as DCFormer's forward."""
         x = self.stem(volumes)
         streams = [x]
-        for stage in self.stages:
-            x = stage(x)
+        for left, stage in zip((4, 3, 2, 1), self.stages, strict=True):
+            x = stage.downsample(x)
+            if left >= last:
+                streams.clear()  # frees what nobody asked for
+            x = stage.transform(x)
             streams.append(x)
         return [stream.flatten(1, 3).to(self.given) for stream in streams]
 
@@ -310,10 +313,12 @@ class _Stage:
         self.proj = stage.downsample.proj.weight.flatten(1).to(dtype)
         self.blocks = [_Block(block, dtype) for block in stage.blocks]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def downsample(self, x: Tensor) -> Tensor:
         x = x.to(self.proj.dtype)
         x = F.max_pool3d(x.movedim(-1, 1), *self.pool).movedim(1, -1).contiguous()
-        x = F.linear(x, self.proj).float()  # what the blocks add to stays in fp32
+        return F.linear(x, self.proj).float()  # what the blocks add to stays in fp32
+
+    def transform(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x += block(x.to(self.proj.dtype))
         return x
@@ -338,7 +343,7 @@ class _Block:
         y = self._convolve(x).view(-1, x.shape[-1])
         rows = len(y) if x.device.type != "cpu" else MLP_TOKENS
         for part in y.split(rows):
-            hidden = F.gelu(F.linear(part, self.expand, self.expand_bias))
+            hidden = torch.ops.aten.gelu_(F.linear(part, self.expand, self.expand_bias))
             part.copy_(F.linear(hidden, self.contract, self.contract_bias))
         return y.view(x.shape)
 

@@ -245,7 +245,8 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
 
     def encode(self, volumes: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 1, D, H, W) -> low (B, N_low, C_low) and high (B, N_high, C_high) streams."""
-        return self.vision_encoder.streams(self.vision_encoder(volumes))
+        encoder = self.vision_encoder
+        return encoder.streams(encoder(volumes, last=encoder.config.language_reads))
 
     def get_visual_tokens(self, volumes: Tensor) -> Tensor:
         """(B, 1, D, H, W) prepared volumes -> (B, N, width of the language model)."""

@@ -63,6 +63,16 @@ class ViT3DConfig(PretrainedConfig):
         return d * h * w
 
     @property
+    def pool_reads(self) -> int:
+        """How many of the last streams the pooled state is made of."""
+        return 1
+
+    @property
+    def language_reads(self) -> int:
+        """How many of the last streams a language model reads."""
+        return self.num_layers - range(self.num_layers)[self.low_stream_layer]
+
+    @property
     def stream_channels(self) -> tuple[int, int]:
         return self.hidden_size, self.hidden_size
 
@@ -110,7 +120,11 @@ class ViT3D(PreTrainedModel):
             nn.init.trunc_normal_(self.positions, std=self.config.initializer_range)
             nn.init.trunc_normal_(self.class_token, std=self.config.initializer_range)
 
-    def forward(self, volumes: Tensor) -> list[Tensor]:
+    def forward(self, volumes: Tensor, *, last: int | None = None) -> list[Tensor]:
+        """
+        Args:
+            last: how many streams are wanted, the last ones; all where not given.
+        """
         x = self._patches(through_windows(volumes, self.config.stem_windows))
         x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions
         states = []
@@ -118,7 +132,7 @@ class ViT3D(PreTrainedModel):
             x = layer(x)
             states.append(x)
         states[-1] = self.norm(x)
-        return [state[:, 1:] for state in states[:-1]] + [states[-1]]
+        return ([state[:, 1:] for state in states[:-1]] + [states[-1]])[-last if last else None :]
 
     def _patches(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) -> (B, N, width), as one product: conv3d is slow at this."""
@@ -133,4 +147,4 @@ class ViT3D(PreTrainedModel):
 
     def streams(self, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
         """(low, high): patch tokens of `low_stream_layer` and of the last layer."""
-        return streams[self.config.low_stream_layer], streams[-1][:, 1:]
+        return streams[-self.config.language_reads], streams[-1][:, 1:]

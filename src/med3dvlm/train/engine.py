@@ -28,6 +28,7 @@ from med3dvlm.train.checkpoints import (
     publish,
     result_folder,
 )
+from med3dvlm.train.memory import freed_memory_kept
 from med3dvlm.train.ranks import as_on_main, is_main, main_first
 from med3dvlm.train.recipe import Recipe, RecipeError
 
@@ -100,7 +101,8 @@ def fit(job: Job, recipe: Recipe) -> dict[str, float]:
         trainer.add_callback(_Averaging(trainer.average))
         if last is not None:
             trainer.average.load(last)
-    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with freed_memory_kept():
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.average is not None:
         trainer.average.copy_to_model()
     if is_main():
