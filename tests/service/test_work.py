@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import select, update
 
-from med3dvlm.service import tasks, work
+from med3dvlm.service import studies, tasks, work
 from med3dvlm.service.access import Identity
 from med3dvlm.service.core import Service
 from med3dvlm.service.database import utc_now
@@ -134,6 +135,39 @@ def test_a_lease_is_renewed_while_the_work_goes_on(core, monkeypatch):
     assert job(core, job_id).state == "done" and job(core, job_id).attempts == 1
 
 
+def test_the_heart_beats_on_when_tending_fails(core, monkeypatch, caplog):
+    def fail():
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(core.storage, "tend", fail)
+    monkeypatch.setitem(core.models.__dict__, "facts", {"model": "none"})
+    worker = Worker(core)
+    worker.start()
+    time.sleep(1.2)  # three leases
+    with core.database.reading() as session:
+        alive = [seen.name for seen in work.workers_alive(session, core.settings)]
+    worker.stop()
+    assert alive == [worker.name]
+    assert "the heartbeat stumbled" in caplog.text
+
+
+def test_what_is_claimed_is_held_once_the_claim_is_committed(core, monkeypatch):
+    """Before, the heartbeat of another transaction would not find it, and give it up."""
+    worker, held = Worker(core), []
+    session = core.database.session
+
+    @contextmanager
+    def committed():
+        with session() as opened:
+            yield opened
+            held.append(dict(worker.held))
+
+    monkeypatch.setattr(core.database, "session", committed)
+    job_id = submit(core)
+    worker._claim()
+    assert held[-1] == {} and worker.held == {job_id: 1}
+
+
 def test_a_worker_that_is_told_to_stop_gives_its_work_back(core, monkeypatch):
     def patient(worker, jobs):
         while True:
@@ -199,7 +233,7 @@ def test_events_keep_their_order_and_are_forgotten_in_time(core):
 
 
 def test_questions_about_several_studies_are_answered_together_as_alone(service, phantom_files):
-    studies = [service.upload(path) for path in phantom_files[:3]]
+    about = [service.upload(path) for path in phantom_files[:3]]
     texts = [
         "Is there pleural effusion?",
         "Is there cardiomegaly?",
@@ -211,11 +245,11 @@ def test_questions_about_several_studies_are_answered_together_as_alone(service,
     service.client.app.state.worker.stop()
     jobs = [
         service.client.post(f"/api/studies/{study['id']}/questions", json={"text": text}).json()
-        for study in studies
+        for study in about
         for text in texts
     ]
     choices = {"text": "Which side is it on?", "choices": ["left", "right"]}
-    url = f"/api/studies/{studies[0]['id']}/questions"
+    url = f"/api/studies/{about[0]['id']}/questions"
     jobs.append(service.client.post(url, json=choices).json())
     claimed = worker._claim()
     assert len(claimed) == service.core.settings.batch

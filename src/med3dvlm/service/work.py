@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -297,8 +298,8 @@ class Worker:
                 return []
         with self.service.database.session() as session:
             jobs = claim(session, self.service.settings, self.name)
-            self.held = {job.id: job.attempts for job in jobs}
         self.given_up = set()
+        self.held = {job.id: job.attempts for job in jobs}  # the heartbeat looks from now on
         return jobs
 
     def work(self, jobs: Sequence[Job]) -> None:
@@ -403,7 +404,9 @@ class Worker:
                     tended = now
             except UNREACHABLE:
                 continue  # said by the one who works
-        with self.service.database.session() as session:
+            except Exception:  # without it, all that the worker holds would be taken from it
+                log.exception("the heartbeat stumbled")
+        with suppress(*UNREACHABLE), self.service.database.session() as session:
             session.execute(delete(WorkerSeen).where(WorkerSeen.name == self.name))
 
     def _renew(self) -> None:
