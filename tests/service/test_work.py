@@ -309,6 +309,28 @@ def test_a_job_is_called_off(service, study):
     assert [kind for _, kind, _ in service.events(job_id)][-1] == "cancelled"
 
 
+def test_nothing_is_left_of_a_study_that_was_thrown_away_meanwhile(
+    service, fresh_study, monkeypatch
+):
+    core, study, done = service.core, fresh_study["id"], threading.Event()
+    service.idle()
+    put = core.index.put
+
+    def put_late(entry, vector):
+        studies.remove(core, study, ME, signed=False)
+        put(entry, vector)
+        done.set()
+
+    monkeypatch.setattr(core.index, "put", put_late)
+    with core.database.session() as session:
+        work.enqueue(session, "index", study, "local")
+    assert done.wait(20)
+    until = time.monotonic() + 20
+    while core.index.vector(studies.key(study, studies.VOLUME)) is not None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_the_hub_waits_for_a_database_that_is_away(core):
     import asyncio
 

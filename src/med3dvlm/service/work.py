@@ -380,11 +380,13 @@ class Worker:
                 end(session, job, "failed", error=reason)
 
     def _sweep(self, job: Job) -> None:
-        """Files of a study that was thrown away while the job ran."""
+        """What a job has left of a study that was thrown away while it ran."""
+        from med3dvlm.service.studies import clear
+
         with self.service.database.reading() as session:
             there = session.scalar(select(Study.id).where(Study.id == job.study_id))
         if there is None:
-            self.service.storage.delete(f"studies/{job.study_id}/")
+            clear(self.service, job.study_id)
 
     # --- the heartbeat ------------------------------------------------------------------------
 
