@@ -210,15 +210,3 @@ def notice(model: Any) -> str:
 
 def print_notice(model: Any) -> None:
     errors.print(notice(model), style="dim", markup=False, highlight=False)
-
-
-def generation_options(
-    *, sample: bool, temperature: float, top_p: float, seed: int
-) -> dict[str, Any]:
-    """Options of `generate`: greedy unless sampling is asked for."""
-    if not sample:
-        return {}
-    import torch
-
-    torch.manual_seed(seed)
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p}
