@@ -220,7 +220,7 @@ def corrections(
     from med3dvlm.service.corrections import write_corrections
 
     with where.opened(storage=storage) as service:
-        count = write_corrections(service, folder)
+        count = write_corrections(service, folder, local_person())
     _tell({"studies": count, "folder": str(folder)}, as_json, f"{folder}: {count} studies.")
 
 
