@@ -331,6 +331,43 @@ def test_nothing_is_left_of_a_study_that_was_thrown_away_meanwhile(
         time.sleep(0.05)
 
 
+def test_a_second_reader_at_the_start_takes_nothing_from_the_first(core):
+    """It asked for the newest event before the first reader was there, and hears of it after."""
+    import asyncio
+
+    hub, job_id = EventHub(core), submit(core)
+    newest, asked, told = hub._newest, [], threading.Event()
+
+    def slowly() -> int:
+        asked.append(True)
+        if len(asked) == 2:
+            assert told.wait(10)
+        return newest()
+
+    hub._newest = slowly
+
+    async def first() -> list[str]:
+        kinds = []
+        async for _, kind, _ in hub.events(job_id):
+            kinds.append(kind)
+            if kind == "state":  # it has read what there was; now the end comes
+                with core.database.session() as session:
+                    work.cancel(session, work.find(session, job_id))
+                told.set()
+                await second
+        return kinds
+
+    async def both() -> list[str]:
+        nonlocal second
+        one = asyncio.create_task(first())
+        second = asyncio.ensure_future(anext(hub.events(job_id)))
+        return await asyncio.wait_for(one, 20)
+
+    second: asyncio.Future = None  # type: ignore[assignment]
+    assert asyncio.run(both()) == ["state", "cancelled"]
+    hub.close()
+
+
 def test_the_hub_waits_for_a_database_that_is_away(core):
     import asyncio
 
