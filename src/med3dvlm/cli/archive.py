@@ -140,7 +140,7 @@ def _print_result(location: str, result: BuildResult, dual: Any, *, as_json: boo
 def remove(
     index: IndexArgument,
     studies: Annotated[
-        list[str] | None, typer.Argument(help="Paths or ids.", metavar="[STUDY]...")
+        list[str] | None, typer.Argument(help="Paths or ids.", metavar="STUDY")
     ] = None,
     where: WhereOption = None,
     missing: Annotated[

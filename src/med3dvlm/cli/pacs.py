@@ -64,7 +64,7 @@ def find(
     where: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEYWORD=VALUE]...",
+            metavar="KEYWORD=VALUE",
             help="DICOM keywords; * stands for any letters, dates may be 20250101-20250131.",
         ),
     ] = None,
@@ -120,7 +120,7 @@ def get(
 @grouped
 def send(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="DICOM files, or folders of them.")
+        list[Path], typer.Argument(metavar="PATH", help="DICOM files, or folders of them.")
     ],
     *,
     at: PacsOptions,

@@ -152,7 +152,7 @@ def ask(
     questions: Annotated[
         list[str],
         typer.Argument(
-            metavar="QUESTION...", help="A question, in quotes; of several the scan is read once."
+            metavar="QUESTION", help="A question, in quotes; of several the scan is read once."
         ),
     ],
     choices: Annotated[

@@ -22,7 +22,7 @@ class RunOptions:
 
     recipe: Annotated[Path, typer.Argument(help="A recipe.", metavar="RECIPE.yaml")]
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change.", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Settings to change.", metavar="KEY=VALUE")
     ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what the run would take; write nothing.")
