@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,16 +18,12 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.name)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{secrets.token_hex(4)}{path.name}"
+    temporary.open("xb").close()  # not mkstemp, which makes it private whatever the umask
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

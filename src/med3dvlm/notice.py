@@ -1,4 +1,4 @@
-"""The sentences that stand under everything a model wrote, wherever it is shown."""
+"""What stands under everything that a model wrote, and in place of what it is not sure of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ DEMO_NOTICE = (
     "The bundled demo model has only ever seen generated phantoms. About a real patient its "
     "words mean nothing."
 )
+CANNOT_TELL = "cannot tell"
 
 
 def notice_of(label: str) -> str:

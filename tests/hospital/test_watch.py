@@ -188,6 +188,8 @@ def test_two_watchers_do_not_share_a_memory(tmp_path):
     (tmp_path / "other").write_text("no database, " * 100)
     with pytest.raises(RulesError, match="no memory"):
         Memory(tmp_path / "other")
+    (tmp_path / "other").unlink()
+    Memory(tmp_path / "other").close()  # the one that was refused holds it no more
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,8 @@ def test_two_watchers_do_not_share_a_memory(tmp_path):
         ("rules: [{name: a, where: {Colour: red}}]", "no DICOM keyword"),
         ("rules: [{name: a, age_years: [80, 18]}]", "pair"),
         ("rules: [{where: {Modality: CT}}]", "name"),
-        ("rules: [{name: a}]\nstable_s: -1", "below zero"),
+        ("rules: [{name: a}]\nstable_s: -1", "not below"),
+        ("rules: [{name: a}]\nlimit: 0", "above zero"),
         ("rules: [", "no rules"),
     ],
 )

@@ -45,6 +45,17 @@ def test_streams_have_the_sizes_the_config_says():
     assert (low.shape[2], high.shape[2]) == model.config.stream_channels
 
 
+@pytest.mark.parametrize("size", [(1, 16, 16), (16, 2, 16), (16, 16, 3), (1, 2, 3)])
+@torch.no_grad()
+def test_an_antialiased_stem_takes_volumes_thinner_than_its_stride(size):
+    model = tiny(stem_antialias=True)
+    volumes = torch.rand(1, 1, *size)
+    streams = model(volumes)
+    assert streams[-1].shape == (1, 1, 256)
+    for one, other in zip(streams, model.optimize_for_inference()(volumes), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "multiscale", "streams"])
 def test_pooled_state_has_the_width_the_config_says(pooling):
     model = tiny(pooling=pooling)

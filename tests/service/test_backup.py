@@ -112,6 +112,9 @@ def test_the_commands(made, tmp_path, monkeypatch):
     assert "1 studies" in run("corrections", str(tmp_path / "signed"))
     (row,) = map(json.loads, (tmp_path / "signed" / "manifest.jsonl").read_text().splitlines())
     assert row["report"] == made[3]["text"] and (tmp_path / "signed" / row["path"]).is_file()
+    log = CliRunner().invoke(app, ["audit", "export", "--data", str(tmp_path / "data")]).output
+    acts = [row["action"] for row in map(json.loads, log.splitlines())]
+    assert acts[-2:] == ["corrections.export", "audit.export"]
     refused = CliRunner().invoke(
         app, ["service", "restore", str(made[0]), "--data", str(tmp_path / "data")]
     )

@@ -249,3 +249,10 @@ def _crowd(service: Running, study: str) -> None:
     service.client.app.state.streams = 1  # type: ignore[attr-defined]
     full = service.client.get(f"/api/jobs/{first}/events")
     assert full.status_code == 503 and "streams" in full.json()["detail"]
+    waiting = service.client.get("/api/jobs", params={"study": study}).json()["jobs"]
+    assert service.client.delete(f"/api/jobs/{waiting[0]['id']}").status_code == 200
+    messages = [{"role": "user", "content": "Is it large?"}]
+    chat = {"model": "demo", "study": study, "messages": messages, "stream": True}
+    assert service.client.post("/v1/chat/completions", json=chat).status_code == 503
+    jobs = service.client.get("/api/jobs", params={"study": study}).json()["jobs"]
+    assert len(jobs) == len(waiting)  # what nobody would hear of is not asked

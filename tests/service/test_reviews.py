@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from med3dvlm.cli import app
 from med3dvlm.sentences import split_report
+from med3dvlm.service.access import Identity
 from med3dvlm.service.audit import AuditRow, verify
 from med3dvlm.service.tables import Signature
 from tests.service.conftest import running
@@ -152,9 +153,13 @@ def test_corrections_train(service, fresh_study, tmp_path):
 
     from med3dvlm.service.corrections import write_corrections
 
-    count = write_corrections(service.core, tmp_path / "signed")
+    who = Identity("cli:lee", "lee", "administrator", "local")
+    count = write_corrections(service.core, tmp_path / "signed", who)
     assert count == len(rows)
     assert (tmp_path / "signed" / "manifest.jsonl").read_text().splitlines() == lines
+    with service.core.database.reading() as session:
+        acts = select(AuditRow.name).where(AuditRow.action == "corrections.export")
+        assert list(session.scalars(acts.order_by(AuditRow.id)))[-2:] == ["local", "cli:lee"]
     store, output = tmp_path / "signed.store", tmp_path / "out"
     run = CliRunner().invoke
     prepared = run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import stat
 import struct
@@ -15,7 +16,8 @@ import pytest
 from med3dvlm.data.phantoms import make_study
 from med3dvlm.data.phantoms.layouts import dicom, nifti
 from med3dvlm.scan import read_scan
-from med3dvlm.service.uploads import Part, UploadRefused, accept, safe_name
+from med3dvlm.service.settings import load_settings
+from med3dvlm.service.uploads import Part, UploadRefused, _new_folder, accept, safe_name
 
 SCRIPT = "<script>alert(1)</script>"
 FILE_PART = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
@@ -263,6 +265,15 @@ def test_a_thousand_broken_zips(tmp_path, slices):
             assert error.detail
         assert all(file.name.endswith((".dcm", ".nii")) for file in folder.rglob("*"))
     assert {entry.name[:7] for entry in tmp_path.iterdir()} == {"part", "checked"}
+
+
+def test_an_upload_that_ends_beside_another_is_no_fault(tmp_path):
+    forgotten = tmp_path / "incoming" / "forgotten"
+    forgotten.mkdir(parents=True)
+    os.utime(forgotten, (0, 0))
+    (tmp_path / "incoming" / "ended").symlink_to("nowhere")  # listed, and not there any more
+    folder = _new_folder(load_settings(data=tmp_path, environment={}), 0)
+    assert (folder / "parts").is_dir() and not forgotten.exists()
 
 
 # --- through the service --------------------------------------------------------------------

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
 from sqlalchemy import select, update
 
-from med3dvlm.service import tasks, work
+from med3dvlm.service import studies, tasks, work
 from med3dvlm.service.access import Identity
 from med3dvlm.service.core import Service
 from med3dvlm.service.database import utc_now
 from med3dvlm.service.events import EventHub
 from med3dvlm.service.migrations import migrate
 from med3dvlm.service.settings import load_settings
-from med3dvlm.service.tables import Job, JobEvent, Result, Study
+from med3dvlm.service.tables import Job, JobEvent, Result, Study, WorkerSeen
 from med3dvlm.service.work import Outcome, QueueFull, UserLimit, Worker
 
 ME = Identity("local", "local", "reviewer", "local")
@@ -134,6 +135,44 @@ def test_a_lease_is_renewed_while_the_work_goes_on(core, monkeypatch):
     assert job(core, job_id).state == "done" and job(core, job_id).attempts == 1
 
 
+def test_the_heart_beats_on_when_tending_fails(core, monkeypatch):
+    failed = []
+
+    def fail():
+        failed.append(utc_now())
+        raise OSError("Stale file handle")
+
+    monkeypatch.setattr(core.storage, "tend", fail)
+    monkeypatch.setitem(core.models.__dict__, "facts", {"model": "none"})
+    worker = Worker(core)
+    worker.start()
+    until, seen = time.monotonic() + 20, None
+    while not (failed and seen and seen > failed[0]):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        with core.database.reading() as session:
+            mine = select(WorkerSeen.seen).where(WorkerSeen.name == worker.name)
+            seen = session.scalar(mine)
+    worker.stop()
+
+
+def test_what_is_claimed_is_held_once_the_claim_is_committed(core, monkeypatch):
+    """Before, the heartbeat of another transaction would not find it, and give it up."""
+    worker, held = Worker(core), []
+    session = core.database.session
+
+    @contextmanager
+    def committed():
+        with session() as opened:
+            yield opened
+            held.append(dict(worker.held))
+
+    monkeypatch.setattr(core.database, "session", committed)
+    job_id = submit(core)
+    worker._claim()
+    assert held[-1] == {} and worker.held == {job_id: 1}
+
+
 def test_a_worker_that_is_told_to_stop_gives_its_work_back(core, monkeypatch):
     def patient(worker, jobs):
         while True:
@@ -199,7 +238,7 @@ def test_events_keep_their_order_and_are_forgotten_in_time(core):
 
 
 def test_questions_about_several_studies_are_answered_together_as_alone(service, phantom_files):
-    studies = [service.upload(path) for path in phantom_files[:3]]
+    about = [service.upload(path) for path in phantom_files[:3]]
     texts = [
         "Is there pleural effusion?",
         "Is there cardiomegaly?",
@@ -211,11 +250,11 @@ def test_questions_about_several_studies_are_answered_together_as_alone(service,
     service.client.app.state.worker.stop()
     jobs = [
         service.client.post(f"/api/studies/{study['id']}/questions", json={"text": text}).json()
-        for study in studies
+        for study in about
         for text in texts
     ]
     choices = {"text": "Which side is it on?", "choices": ["left", "right"]}
-    url = f"/api/studies/{studies[0]['id']}/questions"
+    url = f"/api/studies/{about[0]['id']}/questions"
     jobs.append(service.client.post(url, json=choices).json())
     claimed = worker._claim()
     assert len(claimed) == service.core.settings.batch
@@ -273,6 +312,65 @@ def test_a_job_is_called_off(service, study):
     assert service.client.delete(f"/api/jobs/{job_id}").status_code == 200
     assert service.done(job_id)["state"] == "cancelled"
     assert [kind for _, kind, _ in service.events(job_id)][-1] == "cancelled"
+
+
+def test_nothing_is_left_of_a_study_that_was_thrown_away_meanwhile(
+    service, fresh_study, monkeypatch
+):
+    core, study, done = service.core, fresh_study["id"], threading.Event()
+    service.idle()
+    put = core.index.put
+
+    def put_late(entry, vector):
+        studies.remove(core, study, ME, signed=False)
+        put(entry, vector)
+        done.set()
+
+    monkeypatch.setattr(core.index, "put", put_late)
+    with core.database.session() as session:
+        work.enqueue(session, "index", study, "local")
+    assert done.wait(20)
+    until = time.monotonic() + 20
+    while core.index.vector(studies.key(study, studies.VOLUME)) is not None:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_second_reader_at_the_start_takes_nothing_from_the_first(core):
+    """It asked for the newest event before the first reader was there, and hears of it after."""
+    import asyncio
+
+    hub, job_id = EventHub(core), submit(core)
+    newest, asked, told = hub._newest, [], threading.Event()
+
+    def slowly() -> int:
+        asked.append(True)
+        if len(asked) == 2:
+            assert told.wait(10)
+        return newest()
+
+    hub._newest = slowly
+
+    async def first() -> list[str]:
+        kinds = []
+        async for _, kind, _ in hub.events(job_id):
+            kinds.append(kind)
+            if kind == "state":  # it has read what there was; now the end comes
+                with core.database.session() as session:
+                    work.cancel(session, work.find(session, job_id))
+                told.set()
+                await second
+        return kinds
+
+    async def both() -> list[str]:
+        nonlocal second
+        one = asyncio.create_task(first())
+        second = asyncio.ensure_future(anext(hub.events(job_id)))
+        return await asyncio.wait_for(one, 20)
+
+    second: asyncio.Future = None  # type: ignore[assignment]
+    assert asyncio.run(both()) == ["state", "cancelled"]
+    hub.close()
 
 
 def test_the_hub_waits_for_a_database_that_is_away(core):

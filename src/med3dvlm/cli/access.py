@@ -4,68 +4,24 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.common import JsonOption
-
-if TYPE_CHECKING:
-    from med3dvlm.service.access import Identity
-    from med3dvlm.service.database import Database
-    from med3dvlm.service.settings import Settings
+from med3dvlm.cli.common import JsonOption, grouped
+from med3dvlm.cli.service import ServiceOptions, local_person
 
 users_app = typer.Typer(no_args_is_help=True, help="The service's accounts.")
 keys_app = typer.Typer(no_args_is_help=True, help="The service's API keys.")
 audit_app = typer.Typer(no_args_is_help=True, help="The service's audit log.")
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file of the service's settings.")
-]
-DataOption = Annotated[Path | None, typer.Option(help="The service's folder.")]
-DatabaseOption = Annotated[str | None, typer.Option(help="sqlite:///file or postgresql://…")]
 NameArgument = Annotated[str, typer.Argument(help="Name of the account.")]
 RoleOption = Annotated[
     str, typer.Option(help="reader, reviewer, administrator or service.", show_default=False)
 ]
-
-
-@contextmanager
-def _opened(
-    config: Path | None, data: Path | None, database: str | None
-) -> Iterator[tuple[Settings, Database]]:
-    """The service's settings and database, in the schema of this version."""
-    from med3dvlm.service.database import UNREACHABLE, Database
-    from med3dvlm.service.migrations import migrate
-    from med3dvlm.service.settings import load_settings
-
-    settings = load_settings(config, data=data, database=database)
-    opened = Database(settings.database_url)
-    try:
-        migrate(opened)
-        yield settings, opened
-    except UNREACHABLE as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:160]
-        raise OSError(f"the database does not answer ({reason}): is it running?") from error
-    finally:
-        opened.close()
-
-
-def _by() -> Identity:
-    """Who runs this command, for the log."""
-    from med3dvlm.service.access import Identity
-
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        name = str(os.getuid())
-    return Identity(f"cli:{name}", name, "administrator", "local")
 
 
 def _ask_password() -> str:
@@ -82,13 +38,13 @@ def _ask_password() -> str:
 
 
 @users_app.command("add")
+@grouped
 def add_user(
     name: NameArgument,
     role: RoleOption,
     display_name: Annotated[str, typer.Option(help="As signatures show it.")] = "",
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """Make an account; the password is asked for, or is the first line of standard input.
 
@@ -96,10 +52,10 @@ def add_user(
     """
     from med3dvlm.service.access import users
 
-    with _opened(config, data, database) as (settings, opened):
+    with where.opened_database() as (settings, opened):
         user = users.add_user(
             opened,
-            _by(),
+            local_person(),
             name,
             role=role,
             password=_ask_password(),
@@ -110,11 +66,11 @@ def add_user(
 
 
 @users_app.command("list")
+@grouped
 def list_users(
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """List the accounts.
 
@@ -122,19 +78,19 @@ def list_users(
     """
     from med3dvlm.service.access import users
 
-    with _opened(config, data, database) as (_, opened), opened.reading() as session:
+    with where.opened_database() as (_, opened), opened.reading() as session:
         rows = [users.public(user) for user in users.list_users(session)]
     columns = ("name", "display_name", "role", "sign_in", "created", "disabled")
     _print_table(rows, columns, as_json)
 
 
 @users_app.command("role")
+@grouped
 def change_role(
     name: NameArgument,
     role: Annotated[str, typer.Argument(help="reader, reviewer, administrator or service.")],
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """Give an account another role; it must sign in again.
 
@@ -142,18 +98,18 @@ def change_role(
     """
     from med3dvlm.service.access import users
 
-    with _opened(config, data, database) as (_, opened):
-        user = users.change_user(opened, _by(), name, role=role)
+    with where.opened_database() as (_, opened):
+        user = users.change_user(opened, local_person(), name, role=role)
     typer.echo(f"{user.name}: {user.role}")
 
 
 @users_app.command("disable")
+@grouped
 def disable_user(
     name: NameArgument,
     undo: Annotated[bool, typer.Option("--undo", help="Let it in again.")] = False,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """Shut an account out at once. Its name stays taken, since signatures and the log name it.
 
@@ -161,8 +117,8 @@ def disable_user(
     """
     from med3dvlm.service.access import keys, users
 
-    with _opened(config, data, database) as (_, opened):
-        user = users.change_user(opened, _by(), name, disabled=not undo)
+    with where.opened_database() as (_, opened):
+        user = users.change_user(opened, local_person(), name, disabled=not undo)
         with opened.reading() as session:
             left = [key.name for key in keys.list_keys(session) if key.created_by == user.name
                     and key.revoked is None]  # fmt: skip
@@ -172,11 +128,11 @@ def disable_user(
 
 
 @users_app.command("password")
+@grouped
 def change_password(
     name: NameArgument,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """Give an account another password, asked for or the first line of standard input.
 
@@ -184,10 +140,10 @@ def change_password(
     """
     from med3dvlm.service.access import users
 
-    with _opened(config, data, database) as (settings, opened):
+    with where.opened_database() as (settings, opened):
         password = _ask_password()
         length = settings.password_length
-        users.set_password(opened, _by(), name, password, password_length=length)
+        users.set_password(opened, local_person(), name, password, password_length=length)
     typer.echo(f"{name}: password changed, signed out everywhere")
 
 
@@ -195,14 +151,14 @@ def change_password(
 
 
 @keys_app.command("add")
+@grouped
 def add_key(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     role: RoleOption,
     days: Annotated[float, typer.Option(help="Until it ends; at most 366.")] = 90,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """Make a key and print it, this one time.
 
@@ -210,8 +166,8 @@ def add_key(
     """
     from med3dvlm.service.access import keys
 
-    with _opened(config, data, database) as (_, opened):
-        key, token = keys.add_key(opened, _by(), name, role=role, days=days)
+    with where.opened_database() as (_, opened):
+        key, token = keys.add_key(opened, local_person(), name, role=role, days=days)
     if as_json:
         common.print_json(_jsonable({**keys.public(key), "key": token}))
         return
@@ -222,11 +178,11 @@ def add_key(
 
 
 @keys_app.command("list")
+@grouped
 def list_keys(
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """List the keys, without the keys themselves.
 
@@ -234,18 +190,18 @@ def list_keys(
     """
     from med3dvlm.service.access import keys
 
-    with _opened(config, data, database) as (_, opened), opened.reading() as session:
+    with where.opened_database() as (_, opened), opened.reading() as session:
         rows = [keys.public(key) for key in keys.list_keys(session)]
     columns = ("name", "role", "hint", "created_by", "expires", "used", "revoked")
     _print_table(rows, columns, as_json)
 
 
 @keys_app.command("revoke")
+@grouped
 def revoke_key(
     key: Annotated[str, typer.Argument(help="Its name or id.")],
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """End a key at once.
 
@@ -253,8 +209,8 @@ def revoke_key(
     """
     from med3dvlm.service.access import keys
 
-    with _opened(config, data, database) as (_, opened):
-        found = keys.revoke_key(opened, _by(), key)
+    with where.opened_database() as (_, opened):
+        found = keys.revoke_key(opened, local_person(), key)
     typer.echo(f"{found.name}: revoked")
 
 
@@ -262,15 +218,15 @@ def revoke_key(
 
 
 @audit_app.command("verify")
+@grouped
 def verify(
     expected: Annotated[
         str | None,
         typer.Option(help="ROW:HASH that an earlier verify printed; notices a cut-off end."),
     ] = None,
     as_json: JsonOption = False,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """Go through the log's chain of hashes; names the first row that is not as it was written.
 
@@ -281,14 +237,14 @@ def verify(
     from med3dvlm.service import audit
 
     noted = _row_and_hash(expected) if expected else None
-    with _opened(config, data, database) as (_, opened), opened.reading() as session:
+    with where.opened_database() as (_, opened), opened.reading() as session:
         verdict = audit.verify(session, expected=noted)
     if as_json:
         common.print_json({"sound": verdict.sound, **asdict(verdict)})
     elif verdict.sound:
         typer.echo(f"{verdict.rows} rows, all sound; note this: {verdict.rows}:{verdict.hash}")
     else:
-        _broken(f"the log is not sound. {verdict.reason}")
+        common.fail(ValueError(f"the log is not sound. {verdict.reason}"))
     if not verdict.sound:
         raise typer.Exit(1)
 
@@ -300,19 +256,15 @@ def _row_and_hash(text: str) -> tuple[int, str]:
     return int(row), hash
 
 
-def _broken(sentence: str) -> NoReturn:
-    common.fail(ValueError(sentence))
-
-
 @audit_app.command("export")
+@grouped
 def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSONL file; standard output without.")
     ] = None,
     after: Annotated[int, typer.Option(min=0, help="Only rows after this one.")] = 0,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
+    *,
+    where: ServiceOptions,
 ) -> None:
     """Write the log as JSON lines, one a row, with the hashes. The export itself is noted in it.
 
@@ -321,9 +273,9 @@ def export(
     from med3dvlm.files import atomic_file
     from med3dvlm.service import audit
 
-    with _opened(config, data, database) as (_, opened):
+    with where.opened_database() as (_, opened):
         with opened.session() as session:
-            audit.record(session, _by(), "audit.export", "audit", after=after)
+            audit.record(session, local_person(), "audit.export", "audit", after=after)
         with opened.reading() as session:
             lines = (
                 json.dumps(row.public(), ensure_ascii=False) + "\n"

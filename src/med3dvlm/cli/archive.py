@@ -5,37 +5,24 @@ from __future__ import annotations
 import os
 import tempfile
 import webbrowser
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption
+from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption, grouped
 
 if TYPE_CHECKING:
     from med3dvlm.search import BuildResult, Hit, How
 
 index_app = typer.Typer(no_args_is_help=True, help="Embed an archive of scans for search.")
 
-CORES = os.cpu_count() or 1
 INDEX_HELP = "An index: a folder, or postgresql://user@host/database#name."
 IndexArgument = Annotated[str, typer.Argument(help=INDEX_HELP, metavar="INDEX")]
 SourceArgument = Annotated[
     str, typer.Argument(help="A folder of scans, a CSV/JSONL manifest, or a prepared store.")
-]
-BatchOption = Annotated[int, typer.Option(min=1, help="Volumes that are encoded together.")]
-WorkersOption = Annotated[
-    int, typer.Option(min=1, help="Threads that read; with --engine ray, processes.")
-]
-EngineOption = Annotated[
-    str, typer.Option(help="local, or ray: the workers of a Ray cluster on shared storage.")
-]
-AllowUnreadableOption = Annotated[
-    bool, typer.Option(help="Exit 0 although some scans could not be read.")
-]
-AllowOutsideOption = Annotated[
-    bool, typer.Option(help="Follow paths and links that lead out of the source's folder.")
 ]
 WhereOption = Annotated[
     list[str] | None,
@@ -43,43 +30,67 @@ WhereOption = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class EmbedOptions:
+    """By which model, and by how many hands, scans are embedded."""
+
+    model: ModelOption = "demo"
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes that are encoded together.")] = 8
+    workers: Annotated[
+        int, typer.Option(min=1, help="Threads that read; with --engine ray, processes.")
+    ] = os.cpu_count() or 1
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: the workers of a Ray cluster on shared storage.")
+    ] = "local"
+    allow_unreadable: Annotated[
+        bool, typer.Option(help="Exit 0 although some scans could not be read.")
+    ] = False
+    device: DeviceOption = "auto"
+    as_json: JsonOption = False
+
+    def how(self, progress: Any) -> How:
+        from med3dvlm.search import How
+
+        return How(
+            batch_size=self.batch_size, workers=self.workers, engine=self.engine, progress=progress
+        )
+
+    def finish(self, location: str, result: BuildResult, dual: Any) -> None:
+        _print_result(location, result, dual, as_json=self.as_json)
+        if result.refused and not self.allow_unreadable:
+            raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class BuildOptions(EmbedOptions):
+    """Of scans that are read from a source."""
+
+    allow_outside: Annotated[
+        bool, typer.Option(help="Follow paths and links that lead out of the source's folder.")
+    ] = False
+    precision: PrecisionOption = None
+
+
 @index_app.command("build")
+@grouped
 def build(
     source: SourceArgument,
     output: Annotated[str, typer.Option("--output", "-o", help=INDEX_HELP, metavar="INDEX")],
-    model: ModelOption = "demo",
-    batch_size: BatchOption = 8,
-    workers: WorkersOption = CORES,
-    engine: EngineOption = "local",
-    allow_unreadable: AllowUnreadableOption = False,
-    allow_outside: AllowOutsideOption = False,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = None,
-    as_json: JsonOption = False,
+    options: BuildOptions,
 ) -> None:
     """Embed every scan under a folder; what is unchanged since the last build is kept.
 
     Example: `med3dvlm index build scans/ -o scans.index`
     """
-    _build(
-        source, output, model, batch_size, workers, engine, allow_outside, device, precision,
-        allow_unreadable=allow_unreadable, as_json=as_json,
-    )  # fmt: skip
+    _build(source, output, options)
 
 
 @index_app.command("add")
+@grouped
 def add(
     index: IndexArgument,
     source: SourceArgument,
-    model: ModelOption = "demo",
-    batch_size: BatchOption = 8,
-    workers: WorkersOption = CORES,
-    engine: EngineOption = "local",
-    allow_unreadable: AllowUnreadableOption = False,
-    allow_outside: AllowOutsideOption = False,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = None,
-    as_json: JsonOption = False,
+    options: BuildOptions,
 ) -> None:
     """Embed more scans into an index that there is already; searches go on meanwhile.
 
@@ -88,41 +99,17 @@ def add(
     from med3dvlm.search import SearchIndex
 
     SearchIndex.open(index)  # refused before the model is loaded
-    _build(
-        source, index, model, batch_size, workers, engine, allow_outside, device, precision,
-        allow_unreadable=allow_unreadable, as_json=as_json,
-    )  # fmt: skip
+    _build(source, index, options)
 
 
-def _build(
-    source: str,
-    location: str,
-    model: str,
-    batch_size: int,
-    workers: int,
-    engine: str,
-    allow_outside: bool,
-    device: str,
-    precision: str | None,
-    *,
-    allow_unreadable: bool,
-    as_json: bool,
-) -> None:
+def _build(source: str, location: str, options: BuildOptions) -> None:
     from med3dvlm.search import build_index
 
     with common.progress_bar("embedding") as progress:
-        how = _how(batch_size, workers, engine, progress)
-        dual = common.load_dual_encoder(model, device, precision)
-        result = build_index(source, dual, location, allow_outside=allow_outside, how=how)
-    _print_result(location, result, dual, as_json=as_json)
-    if result.refused and not allow_unreadable:
-        raise typer.Exit(1)
-
-
-def _how(batch_size: int, workers: int, engine: str, progress: Any) -> How:
-    from med3dvlm.search import How
-
-    return How(batch_size=batch_size, workers=workers, engine=engine, progress=progress)
+        how = options.how(progress)
+        dual = common.load_dual_encoder(options.model, options.device, options.precision)
+        result = build_index(source, dual, location, allow_outside=options.allow_outside, how=how)
+    options.finish(location, result, dual)
 
 
 def _print_result(location: str, result: BuildResult, dual: Any, *, as_json: bool) -> None:
@@ -144,16 +131,16 @@ def _print_result(location: str, result: BuildResult, dual: Any, *, as_json: boo
         f"{result.unchanged} unchanged, {len(result.refused)} refused"
     )
     for sentence in result.damage:
-        _note(f"damage: {sentence}")
+        common.note(f"damage: {sentence}")
     for path, reason in result.refused:
-        _note(f"refused {path}: {reason}")
+        common.note(f"refused {path}: {reason}")
 
 
 @index_app.command("remove")
 def remove(
     index: IndexArgument,
     studies: Annotated[
-        list[str] | None, typer.Argument(help="Paths or ids.", metavar="[STUDY]...")
+        list[str] | None, typer.Argument(help="Paths or ids.", metavar="STUDY")
     ] = None,
     where: WhereOption = None,
     missing: Annotated[
@@ -227,15 +214,10 @@ def verify(index: IndexArgument, as_json: JsonOption = False) -> None:
 
 
 @index_app.command("rebuild")
+@grouped
 def rebuild(
     index: IndexArgument,
-    model: ModelOption = "demo",
-    batch_size: BatchOption = 8,
-    workers: WorkersOption = CORES,
-    engine: EngineOption = "local",
-    allow_unreadable: AllowUnreadableOption = False,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    options: EmbedOptions,
 ) -> None:
     """Make an index anew beside the old one, then switch: after damage, or for another model.
 
@@ -247,12 +229,9 @@ def rebuild(
 
     read_head(place_of(index))
     with common.progress_bar("embedding") as progress:
-        how = _how(batch_size, workers, engine, progress)
-        dual = common.load_dual_encoder(model, device)
-        result = rebuild_index(index, dual, how=how)
-    _print_result(index, result, dual, as_json=as_json)
-    if result.refused and not allow_unreadable:
-        raise typer.Exit(1)
+        dual = common.load_dual_encoder(options.model, options.device)
+        result = rebuild_index(index, dual, how=options.how(progress))
+    options.finish(index, result, dual)
 
 
 @index_app.command("map")
@@ -339,13 +318,15 @@ def search(
         )
         return
     if understood and understood["without"]:
-        _note(f"wanted: {understood['wanted'] or '–'}; without: {', '.join(understood['without'])}")
+        common.note(
+            f"wanted: {understood['wanted'] or '–'}; without: {', '.join(understood['without'])}"
+        )
     for hit in hits:
         typer.echo(f"{hit.rank:3d}  {hit.score:.3f}  {hit.path}")
         if hit.report:
             typer.echo(f"            {_first_line(hit.report)}")
     if not hits:
-        _note("no study fits.")
+        common.note("no study fits.")
     common.print_notice(dual)
 
 
@@ -371,14 +352,14 @@ def _show(
     for path, draw in ((picture, draw_sheet), (page, write_page)):
         if path is not None:
             draw(hits, path, title=" · ".join(query), footer=footer)
-            _note(f"written: {path}")
+            common.note(f"written: {path}")
     if open_it and page is not None:
         _open(page)
 
 
 def _open(page: Path) -> None:
     if not webbrowser.open(page.absolute().as_uri()):
-        _note(f"no browser could be started: open {page} yourself.")
+        common.note(f"no browser could be started: open {page} yourself.")
 
 
 def _understood(text: str) -> dict[str, Any]:
@@ -404,7 +385,7 @@ def _explain_hits(dual: Any, hits: Any, query: Any, folder: Path) -> None:
             scan = common.read_with_warnings(hit.path)
             values = explain(dual, scan, target)
             save_nifti(as_scan(scan, values), temporary / f"{hit.rank:02d}.nii.gz")
-    common.errors.print(f"evidence: {folder}", markup=False, highlight=False)
+    common.note(f"evidence: {folder}")
 
 
 def _hit(hit: Any) -> dict[str, Any]:
@@ -422,7 +403,3 @@ def _hit(hit: Any) -> dict[str, Any]:
 def _first_line(text: str, *, width: int = 100) -> str:
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def _note(text: str) -> None:
-    common.errors.print(text, markup=False, highlight=False)

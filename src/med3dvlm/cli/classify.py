@@ -11,6 +11,12 @@ from med3dvlm.cli import common
 from med3dvlm.cli.common import DeviceOption, FrameOption, JsonOption, ModelOption, SeriesOption
 from med3dvlm.cli.read import ScanArgument
 
+PresentOption = Annotated[
+    list[str] | None, typer.Option(help="Prompt for a finding that is there; repeatable.")
+]
+AbsentOption = Annotated[
+    list[str] | None, typer.Option(help="Prompt for one that is not; as many as --present.")
+]
 BESIDE = "calibration.json"  # in a model's folder
 
 
@@ -28,12 +34,8 @@ def classify(
     probe: Annotated[
         Path | None, typer.Option(help="A folder of train probe, in place of --labels.")
     ] = None,
-    present: Annotated[
-        list[str] | None, typer.Option(help="Prompt for a finding that is there; repeatable.")
-    ] = None,
-    absent: Annotated[
-        list[str] | None, typer.Option(help="Prompt for one that is not; as many as --present.")
-    ] = None,
+    present: PresentOption = None,
+    absent: AbsentOption = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="A file of train calibration; that in the model's folder by default."),

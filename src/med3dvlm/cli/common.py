@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from dataclasses import MISSING, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich.console import Console
@@ -50,6 +54,44 @@ FrameOption = Annotated[
 ]
 
 
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a parameter that is a dataclass stand for its fields on the command line.
+
+    Options that several commands have are written once, as such a dataclass. Typer reads the
+    signature that is made here, in which the fields take the parameter's place.
+    """
+    hints, shown, groups = get_type_hints(command, include_extras=True), [], {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            shown += _parameters(hints[name])
+        else:
+            shown.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run
+
+
+def _parameters(group: type) -> list[Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(group)
+    ]
+
+
 def fail(error: BaseException) -> NoReturn:
     """Print one sentence and leave with status 1; the traceback only where it is asked for."""
     if os.environ.get("MED3DVLM_TRACEBACK"):
@@ -71,6 +113,19 @@ def need_hospital() -> None:
 
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_results(results: Any, as_json: bool) -> None:
+    """Tables of figures, as JSON or as Markdown."""
+    if as_json:
+        print_json(results.to_dict())
+    else:
+        typer.echo(results.to_markdown())
+
+
+def note(text: str) -> None:
+    """A line on standard error, as it is."""
+    errors.print(text, markup=False, highlight=False)
 
 
 class RateColumn(ProgressColumn):
@@ -155,15 +210,3 @@ def notice(model: Any) -> str:
 
 def print_notice(model: Any) -> None:
     errors.print(notice(model), style="dim", markup=False, highlight=False)
-
-
-def generation_options(
-    *, sample: bool, temperature: float, top_p: float, seed: int
-) -> dict[str, Any]:
-    """Options of `generate`: greedy unless sampling is asked for."""
-    if not sample:
-        return {}
-    import torch
-
-    torch.manual_seed(seed)
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p}

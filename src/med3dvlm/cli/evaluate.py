@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, SeedOption
+from med3dvlm.cli.classify import AbsentOption, PresentOption, prompt_pairs
+from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, SeedOption, grouped
 from med3dvlm.cli.store import StoreArgument, data_module
 
 if TYPE_CHECKING:
@@ -17,23 +19,62 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
 SplitOption = Annotated[str, typer.Option(help="Which split of the store.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many studies.")]
-ByOption = Annotated[
-    str | None,
-    typer.Option(help="Also by the values of a column of the manifest or a key of the metadata."),
-]
-LeaksOption = Annotated[
-    bool, typer.Option("--leaks", help="With the studies that are also on another side.")
-]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Write tables, predictions and report.html here."),
-]
 ControlsOption = Annotated[
     int,
     typer.Option(min=0, help="Studies that are also run blank, swapped and shuffled; 0 for none."),
 ]
-BatchOption = Annotated[int, typer.Option(min=1, help="Volumes, or texts, at a time.")]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run computes, and where its results go."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write tables, predictions and report.html here."),
+    ] = None
+    device: DeviceOption = "auto"
+    seed: SeedOption = 0
+    as_json: JsonOption = False
+
+
+@dataclass(frozen=True)
+class BatchOptions(RunOptions):
+    """Of a run that takes several volumes at a time."""
+
+    batch_size: Annotated[int, typer.Option(min=1, help="Volumes, or texts, at a time.")] = 8
+
+
+@dataclass(frozen=True)
+class StoreOptions(BatchOptions):
+    """A run over the studies of a store, as a whole and by a column, with its controls."""
+
+    split: SplitOption = "test"
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many studies.")] = None
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Also by the values of a column of the manifest or a key of the metadata."
+        ),
+    ] = None
+    leaks: Annotated[
+        bool, typer.Option("--leaks", help="With the studies that are also on another side.")
+    ] = False
+    controls: ControlsOption = 200
+
+    def cases(self, store: str) -> Cases:
+        """The studies; a column that they do not have is refused before anything is computed."""
+        cases = _cases(store, self.split, self.limit, leaks=self.leaks)
+        if self.by is not None:
+            cases.column(self.by)
+        return cases
+
+    def how(self) -> dict[str, Any]:
+        """What every evaluation of a store's cases is told."""
+        names = ("controls", "by", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
 AnswererOption = Annotated[
     str,
     typer.Option(
@@ -49,26 +90,19 @@ ReportsOption = Annotated[
 
 
 @app.command("retrieval")
+@grouped
 def retrieval(
     store: StoreArgument,
     model: ModelOption = "demo",
-    split: SplitOption = "test",
-    limit: LimitOption = None,
-    by: ByOption = None,
-    leaks: LeaksOption = False,
-    controls: ControlsOption = 200,
-    output: OutputOption = None,
-    batch_size: BatchOption = 8,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: StoreOptions,
 ) -> None:
     """R@1, 5 and 10 in both directions, as published and with a shared report as a hit.
 
     Example: `med3dvlm evaluate retrieval m3d.store --model runs/search --by modality`
     """
-    cases = _cases(store, split, limit, leaks, by)
-    dual = common.load_dual_encoder(model, device)
+    cases = options.cases(store)
+    dual = common.load_dual_encoder(model, options.device)
     _check(cases, dual.preparation)
     from med3dvlm.evaluate.tasks import evaluate_retrieval
 
@@ -76,16 +110,14 @@ def retrieval(
         run = evaluate_retrieval(
             dual,
             cases,
-            controls=controls,
-            by=by,
-            batch_size=batch_size,
-            seed=seed,
+            **options.how(),
             progress=progress,
         )
-    _finish(run, output, as_json)
+    _finish(run, options)
 
 
 @app.command("report")
+@grouped
 def report(
     store: StoreArgument,
     model: ModelOption = "demo",
@@ -103,16 +135,8 @@ def report(
             help="A metric from elsewhere, package.module:function of (references, candidates)."
         ),
     ] = None,
-    split: SplitOption = "test",
-    limit: LimitOption = None,
-    by: ByOption = None,
-    leaks: LeaksOption = False,
-    controls: ControlsOption = 200,
-    output: OutputOption = None,
-    batch_size: BatchOption = 8,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: StoreOptions,
 ) -> None:
     """Wording, findings and CRG of drafted reports, beside nearest reports and templates.
 
@@ -121,42 +145,32 @@ def report(
     from med3dvlm.evaluate.tasks import LanguageModel, evaluate_report, load_scorer
 
     scorers = {name: load_scorer(name) for name in scorer or ()}
-    cases = _cases(store, split, limit, leaks, by)
-    answerer = LanguageModel(common.load_language_model(model, device))
+    cases = options.cases(store)
+    answerer = LanguageModel(common.load_language_model(model, options.device))
     _check(cases, answerer.preparation)
-    search, note = _search(model, search_model, device, cases, reports or store, threshold)
+    search, note = _search(model, search_model, options.device, cases, reports or store, threshold)
     with common.progress_bar("evaluating") as progress:
         run = evaluate_report(
             answerer,
             cases,
             search=search,
             scorers=scorers,
-            controls=controls,
-            by=by,
-            batch_size=batch_size,
-            seed=seed,
+            **options.how(),
             progress=progress,
         )
     if note:
         run.results.notes.append(note)
-    _finish(run, output, as_json)
+    _finish(run, options)
 
 
 @app.command("vqa")
+@grouped
 def vqa(
     store: StoreArgument,
     model: AnswererOption = "demo",
     reports: ReportsOption = None,
-    split: SplitOption = "test",
-    limit: LimitOption = None,
-    by: ByOption = None,
-    leaks: LeaksOption = False,
-    controls: ControlsOption = 200,
-    output: OutputOption = None,
-    batch_size: BatchOption = 8,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: StoreOptions,
 ) -> None:
     """Closed questions by likelihood and by the published rule, yes or no, and open ones.
 
@@ -164,59 +178,43 @@ def vqa(
     """
     from med3dvlm.evaluate.tasks import QuestionOnly, evaluate_vqa
 
-    cases = _cases(store, split, limit, leaks, by)
+    cases = options.cases(store)
     if model == QuestionOnly.label:
         answerer: Answerer = QuestionOnly(_questions(reports or store))
     else:
-        answerer = _answerer(model, device)
+        answerer = _answerer(model, options.device)
     _check(cases, answerer.preparation)
     with common.progress_bar("evaluating") as progress:
         run = evaluate_vqa(
             answerer,
             cases,
-            controls=controls,
-            by=by,
-            batch_size=batch_size,
-            seed=seed,
+            **options.how(),
             progress=progress,
         )
-    _finish(run, output, as_json)
+    _finish(run, options)
 
 
 @app.command("zero-shot")
+@grouped
 def zero_shot(
     store: StoreArgument,
     model: ModelOption = "demo",
-    present: Annotated[
-        list[str] | None, typer.Option(help="Prompt for a finding that is there; repeatable.")
-    ] = None,
-    absent: Annotated[
-        list[str] | None, typer.Option(help="Prompt for one that is not; as many as --present.")
-    ] = None,
+    present: PresentOption = None,
+    absent: AbsentOption = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="A file of train calibration, to be measured; it holds its prompts."),
     ] = None,
-    split: SplitOption = "test",
-    limit: LimitOption = None,
-    by: ByOption = None,
-    leaks: LeaksOption = False,
-    controls: ControlsOption = 200,
-    output: OutputOption = None,
-    batch_size: BatchOption = 8,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: StoreOptions,
 ) -> None:
     """Findings from prompts: AUROC, F1, accuracy, precision and recall of each.
 
     Example: `med3dvlm evaluate zero-shot ct-rate.store --model runs/search --split validation`
     """
-    from med3dvlm.cli.classify import prompt_pairs
-
     prompts = prompt_pairs(present, absent)
-    cases = _cases(store, split, limit, leaks, by)
-    dual = common.load_dual_encoder(model, device)
+    cases = options.cases(store)
+    dual = common.load_dual_encoder(model, options.device)
     _check(cases, dual.preparation)
     from med3dvlm.evaluate.calibration import Calibration
     from med3dvlm.evaluate.tasks import evaluate_zero_shot
@@ -228,24 +226,19 @@ def zero_shot(
             cases,
             prompts=prompts or PROMPTS,
             calibration=None if calibration is None else Calibration.load(calibration),
-            controls=controls,
-            by=by,
-            batch_size=batch_size,
-            seed=seed,
+            **options.how(),
             progress=progress,
         )
-    _finish(run, output, as_json)
+    _finish(run, options)
 
 
 @app.command("twins")
+@grouped
 def twins(
     model: AnswererOption = "demo",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pairs of either kind.")] = 72,
-    output: OutputOption = None,
-    batch_size: BatchOption = 8,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: BatchOptions,
 ) -> None:
     """Phantoms that differ in one finding only: is the answer right for both?
 
@@ -254,17 +247,22 @@ def twins(
     from med3dvlm.evaluate.tasks import QuestionOnly, evaluate_twins
 
     if model == QuestionOnly.label:
-        answerer: Answerer = QuestionOnly(_phantom_questions(seed))
+        answerer: Answerer = QuestionOnly(_phantom_questions(options.seed))
     else:
-        answerer = _answerer(model, device)
+        answerer = _answerer(model, options.device)
     with common.progress_bar("evaluating") as progress:
         run = evaluate_twins(
-            answerer, count=count, seed=seed, batch_size=batch_size, progress=progress
+            answerer,
+            count=count,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            progress=progress,
         )
-    _finish(run, output, as_json)
+    _finish(run, options)
 
 
 @app.command("evidence")
+@grouped
 def evidence(
     model: ModelOption = "demo",
     search_model: Annotated[
@@ -281,10 +279,8 @@ def evidence(
     curves: Annotated[
         int, typer.Option(min=0, help="Studies with deletion and insertion curves.")
     ] = 20,
-    output: OutputOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: RunOptions,
 ) -> None:
     """Do maps of evidence point at the lesion? On held-out phantoms with one lesion each.
 
@@ -297,8 +293,8 @@ def evidence(
         if name not in METHODS:
             raise typer.BadParameter(f"--method {name!r} is unknown: use {', '.join(METHODS)}.")
     chosen = {} if method is None else {"methods": method}
-    vlm = common.load_language_model(model, device)
-    dual = common.load_dual_encoder(search_model or model, device)
+    vlm = common.load_language_model(model, options.device)
+    dual = common.load_dual_encoder(search_model or model, options.device)
     with common.progress_bar("evaluating") as progress:
         run = evaluate_evidence(
             vlm,
@@ -306,14 +302,15 @@ def evidence(
             count=count,
             slow=slow,
             curve_studies=curves,
-            seed=seed,
+            seed=options.seed,
             progress=progress,
             **chosen,
         )
-    _finish(run, output, as_json)
+    _finish(run, options)
 
 
 @app.command("calibration")
+@grouped
 def calibration(
     store: Annotated[
         str | None, typer.Argument(help="A prepared store; generated phantoms without.")
@@ -327,11 +324,8 @@ def calibration(
     save: Annotated[
         bool, typer.Option("--save", help="Write calibration.json beside the model's weights.")
     ] = False,
-    output: OutputOption = None,
-    batch_size: BatchOption = 8,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: BatchOptions,
 ) -> None:
     """Fit confidences on one split and measure them on another, before and after.
 
@@ -343,25 +337,25 @@ def calibration(
     from med3dvlm.hub import checkpoint_folder, load_exact
 
     weights = load_exact(model, part="language").fingerprint()
-    vlm = common.load_language_model(model, device)
+    vlm = common.load_language_model(model, options.device)
     if store is None:
         fit, test = (
-            cases_of_phantoms(count, vlm.preparation, seed=seed, split=name)
+            cases_of_phantoms(count, vlm.preparation, seed=options.seed, split=name)
             for name in (fit_split, split)
         )
     else:
-        fit, test = (_cases(store, name, count, False, None) for name in (fit_split, split))
+        fit, test = (_cases(store, name, count, leaks=False) for name in (fit_split, split))
     for cases in (fit, test):
         _check(cases, vlm.preparation)
     with common.progress_bar("evaluating") as progress:
         found, run = evaluate_calibration(
-            vlm, fit, test, weights=weights, batch_size=batch_size, progress=progress
+            vlm, fit, test, weights=weights, batch_size=options.batch_size, progress=progress
         )
     if save:
         folder = checkpoint_folder(model, "language")
         found.save(folder)
-        common.errors.print(f"saved: {folder / 'calibration.json'}", markup=False, highlight=False)
-    _finish(run, output, as_json)
+        common.note(f"saved: {folder / 'calibration.json'}")
+    _finish(run, options)
 
 
 @app.command("compare")
@@ -382,7 +376,7 @@ def compare(
     results = compare_runs(first, second)
     if output is not None:
         results.save(output)
-    _print(results, as_json)
+    common.print_results(results, as_json)
 
 
 @app.command("phantoms")
@@ -420,21 +414,17 @@ def phantoms(
         )
     if output is not None:
         result.save(output)
-    _print(result, as_json)
+    common.print_results(result, as_json)
 
 
 # --- what the commands share ------------------------------------------------------------------
 
 
-def _cases(store: str, split: str, limit: int | None, leaks: bool, by: str | None) -> Cases:
-    """The studies; a column that they do not have is refused before anything is computed."""
+def _cases(store: str, split: str, limit: int | None, *, leaks: bool) -> Cases:
     opened = data_module("store").Store(store)
     from med3dvlm.evaluate.tasks import cases_of_store
 
-    cases = cases_of_store(opened, split, limit=limit, leaks=leaks)
-    if by is not None:
-        cases.column(by)
-    return cases
+    return cases_of_store(opened, split, limit=limit, leaks=leaks)
 
 
 def _check(cases: Cases, preparation: Any) -> None:
@@ -500,15 +490,8 @@ def _search(
     return Search(dual, [text for text in texts if text and text.strip()], threshold), ""
 
 
-def _finish(run: Run, output: Path | None, as_json: bool) -> None:
-    if output is not None:
-        run.save(output)
-        common.errors.print(f"page: {output / 'report.html'}", markup=False, highlight=False)
-    _print(run.results, as_json)
-
-
-def _print(results: Any, as_json: bool) -> None:
-    if as_json:
-        common.print_json(results.to_dict())
-    else:
-        typer.echo(results.to_markdown())
+def _finish(run: Run, options: RunOptions) -> None:
+    if options.output is not None:
+        run.save(options.output)
+        common.note(f"page: {options.output / 'report.html'}")
+    common.print_results(run.results, options.as_json)

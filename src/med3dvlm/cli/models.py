@@ -12,10 +12,13 @@ from med3dvlm.cli.common import JsonOption
 
 app = typer.Typer(no_args_is_help=True, help="Look at checkpoints and convert them.")
 
+ModelArgument = Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub name.")]
+ForceOption = Annotated[bool, typer.Option(help="Replace the folder if it is there.")]
+
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub name.")],
+    model: ModelArgument,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a checkpoint is: parts, parameters, preparation, settings.
@@ -65,7 +68,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint folder or a hub name.")],
     folder: Annotated[Path, typer.Argument(help="Where the converted checkpoint goes.")],
     to: Annotated[str, typer.Option(help="own or published.")] = "own",
-    force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Convert a published checkpoint to the project's own layout, or back, bit for bit.
 
@@ -73,9 +76,7 @@ def convert(
     """
     if to not in ("own", "published"):
         raise typer.BadParameter(f"--to {to!r} is unknown: use own or published.")
-    if folder.exists() and not force:
-        raise typer.BadParameter(f"{folder} exists: choose another, or add --force.")
-    from med3dvlm.files import atomic_folder
+    _check_free(folder, force)
     from med3dvlm.hub import load_exact
     from med3dvlm.models.published import save_published
 
@@ -84,9 +85,7 @@ def convert(
         if to == "published":
             save_published(model, folder)
         else:
-            with atomic_folder(folder) as temporary:
-                model.save_pretrained(temporary)
-                model.processor.save_pretrained(temporary)
+            _save(model, folder)
     typer.echo(f"{folder}: {type(model).__name__} in {to} layout")
 
 
@@ -97,31 +96,27 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="What the run began with, where that was moved.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Merge an adapter (`keep_adapter: true` in a recipe) into the model it was trained on.
 
     Example: `med3dvlm model merge runs/instruction/adapter -o merged`
     """
-    if output.exists() and not force:
-        raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
-    from med3dvlm.files import atomic_folder
+    _check_free(output, force)
     from med3dvlm.train.lora import merge_adapter
 
     with common.errors.status(f"merging {adapter}"):
         model = merge_adapter(adapter, base)
-        with atomic_folder(output) as temporary:
-            model.save_pretrained(temporary)
-            model.processor.save_pretrained(temporary)
+        _save(model, output)
     typer.echo(f"{output}: merged")
 
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub name.")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the smaller model goes.")],
     bits: Annotated[int, typer.Option(help="Of each weight; 8 is what there is.")] = 8,
-    force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Hold the language model's weights in 8 bits: half the memory of 16.
 
@@ -131,16 +126,12 @@ def quantize(
 
     if bits not in BITS:
         raise typer.BadParameter(f"--bits {bits} is unknown: use {' or '.join(map(str, BITS))}.")
-    if output.exists() and not force:
-        raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
-    from med3dvlm.files import atomic_folder
+    _check_free(output, force)
 
     with common.errors.status(f"quantizing {model}"):
         vlm = common.load_exact_language_model(model)
         vlm.quantize()
-        with atomic_folder(output) as temporary:
-            vlm.save_pretrained(temporary)
-            vlm.processor.save_pretrained(temporary)
+        _save(vlm, output)
     typer.echo(f"{output}: {bits} bits")
 
 
@@ -152,7 +143,7 @@ FORMATS = {
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="'demo', a checkpoint folder, or a hub name.")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
     format: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()))
@@ -160,7 +151,7 @@ def export(
     part: Annotated[
         str | None, typer.Option(help="language or search, where a folder holds both.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model in the form that another program runs.
@@ -171,8 +162,7 @@ def export(
     """
     if format not in FORMATS:
         raise typer.BadParameter(f"--format {format!r} is unknown: use {', '.join(FORMATS)}.")
-    if output.exists() and not force:
-        raise typer.BadParameter(f"{output} exists: choose another, or add --force.")
+    _check_free(output, force)
     if format == "engine":
         from med3dvlm.engines import export_for_engines
 
@@ -192,3 +182,16 @@ def export(
     typer.echo(f"{output}: {FORMATS[format]}")
     for name, error in errors.items():
         typer.echo(f"{output / name}.onnx: equal to the model within {error:.1e}")
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    if folder.exists() and not force:
+        raise typer.BadParameter(f"{folder} exists: choose another, or add --force.")
+
+
+def _save(model: Any, folder: Path) -> None:
+    from med3dvlm.files import atomic_folder
+
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        model.processor.save_pretrained(temporary)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption
+from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption, grouped
 
 if TYPE_CHECKING:
     from med3dvlm.hospital import FoundStudy, Pacs
@@ -23,44 +24,54 @@ app = typer.Typer(
 STUDY_COLUMNS = ("StudyDate", "PatientID", "PatientName", "ModalitiesInStudy", "StudyDescription")
 SERIES_COLUMNS = ("Modality", "SeriesDescription")
 
-UrlOption = Annotated[
-    str,
-    typer.Option(
-        "--url", envvar="MED3DVLM_PACS_URL", help="DICOMweb service: https://pacs/dicom-web."
-    ),
-]
-UserOption = Annotated[
-    str, typer.Option("--user", envvar="MED3DVLM_PACS_USER", help="With a password.")
-]
-CaOption = Annotated[
-    Path | None,
-    typer.Option("--ca", envvar="MED3DVLM_PACS_CA", help="PEM file of who signed its certificate."),
-]
-CertificateOption = Annotated[
-    Path | None,
-    typer.Option("--certificate", envvar="MED3DVLM_PACS_CERTIFICATE", help="PEM, of the client."),
-]
-KeyOption = Annotated[
-    Path | None, typer.Option("--key", envvar="MED3DVLM_PACS_KEY", help="PEM, of the client.")
-]
+
+@dataclass(frozen=True)
+class PacsOptions:
+    """Where the PACS is, and who asks."""
+
+    url: Annotated[
+        str,
+        typer.Option(envvar="MED3DVLM_PACS_URL", help="DICOMweb service: https://pacs/dicom-web."),
+    ] = ""
+    user: Annotated[str, typer.Option(envvar="MED3DVLM_PACS_USER", help="With a password.")] = ""
+    ca: Annotated[
+        Path | None,
+        typer.Option(envvar="MED3DVLM_PACS_CA", help="PEM file of who signed its certificate."),
+    ] = None
+    certificate: Annotated[
+        Path | None, typer.Option(envvar="MED3DVLM_PACS_CERTIFICATE", help="PEM, of the client.")
+    ] = None
+    key: Annotated[
+        Path | None, typer.Option(envvar="MED3DVLM_PACS_KEY", help="PEM, of the client.")
+    ] = None
+
+    def connect(self) -> Pacs:
+        if not self.url:
+            raise typer.BadParameter("say where the PACS is: --url, or MED3DVLM_PACS_URL.")
+        common.need_hospital()
+        from med3dvlm.hospital import Pacs, PacsAddress
+
+        secrets = {
+            name: os.environ.get(f"MED3DVLM_PACS_{name.upper()}", "")
+            for name in ("password", "token")
+        }
+        return Pacs(PacsAddress(**vars(self), **secrets))
 
 
 @app.command("find")
+@grouped
 def find(
     where: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEYWORD=VALUE]...",
+            metavar="KEYWORD=VALUE",
             help="DICOM keywords; * stands for any letters, dates may be 20250101-20250131.",
         ),
     ] = None,
     series: Annotated[bool, typer.Option("--series", help="List their series, too.")] = False,
     limit: Annotated[int, typer.Option(min=1, help="Most studies.")] = 100,
-    url: UrlOption = "",
-    user: UserOption = "",
-    ca: CaOption = None,
-    certificate: CertificateOption = None,
-    key: KeyOption = None,
+    *,
+    at: PacsOptions,
     as_json: JsonOption = False,
 ) -> None:
     """List the studies of a PACS that fit.
@@ -68,7 +79,7 @@ def find(
     Example: `med3dvlm pacs find PatientID=4711 ModalitiesInStudy=CT StudyDate=20250101-`
     """
     filters = dict(_pair(one) for one in where or ())
-    with _connect(url, user, ca, certificate, key) as pacs:
+    with at.connect() as pacs:
         found = pacs.find(limit=limit, **filters)
         listed = [(study, pacs.series(study.study_uid) if series else []) for study in found]
     if as_json:
@@ -79,26 +90,24 @@ def find(
         for one in parts:
             typer.echo("    " + _line(one.series_uid, one, SERIES_COLUMNS))
     if not found:
-        common.errors.print("no study fits.", markup=False)
+        common.note("no study fits.")
 
 
 @app.command("get")
+@grouped
 def get(
     study: Annotated[str, typer.Argument(metavar="STUDY_UID", help="StudyInstanceUID.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for its files.")],
     series: Annotated[str | None, typer.Option(help="Only this series, by its UID.")] = None,
-    url: UrlOption = "",
-    user: UserOption = "",
-    ca: CaOption = None,
-    certificate: CertificateOption = None,
-    key: KeyOption = None,
+    *,
+    at: PacsOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a study, or one series of it, into a folder.
 
     Example: `med3dvlm pacs get 1.2.826.0.1.3680043 -o study/`
     """
-    with _connect(url, user, ca, certificate, key) as pacs:
+    with at.connect() as pacs:
         with common.progress_bar("fetching") as progress:
             count = pacs.get(study, output, series_uid=series, progress=progress)
     if as_json:
@@ -108,15 +117,13 @@ def get(
 
 
 @app.command("send")
+@grouped
 def send(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="DICOM files, or folders of them.")
+        list[Path], typer.Argument(metavar="PATH", help="DICOM files, or folders of them.")
     ],
-    url: UrlOption = "",
-    user: UserOption = "",
-    ca: CaOption = None,
-    certificate: CertificateOption = None,
-    key: KeyOption = None,
+    *,
+    at: PacsOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Store DICOM files in a PACS; the same file is stored once.
@@ -124,7 +131,7 @@ def send(
     Example: `med3dvlm pacs send report.dcm`
     """
     files = [file for path in paths for file in _files(path)]
-    with _connect(url, user, ca, certificate, key) as pacs:
+    with at.connect() as pacs:
         with common.progress_bar("sending") as progress:
             count = pacs.send(files, progress=progress)
     if as_json:
@@ -134,6 +141,7 @@ def send(
 
 
 @app.command("watch")
+@grouped
 def watch(
     rules: Annotated[Path, typer.Argument(metavar="RULES.yaml", help="Which studies are taken.")],
     state: Annotated[Path, typer.Option(help="Remembers what was taken.")] = Path("watch.db"),
@@ -154,11 +162,8 @@ def watch(
     model: ModelOption = "demo",
     device: DeviceOption = "auto",
     precision: PrecisionOption = None,
-    url: UrlOption = "",
-    user: UserOption = "",
-    ca: CaOption = None,
-    certificate: CertificateOption = None,
-    key: KeyOption = None,
+    *,
+    at: PacsOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Draft reports about new studies of a PACS, each once, also after a restart.
@@ -172,13 +177,13 @@ def watch(
     from med3dvlm.hospital.watch import Watcher, read_rules
 
     followed = read_rules(rules)
-    with _connect(url, user, ca, certificate, key) as pacs:
+    with at.connect() as pacs:
         if service is not None:
             secret = os.environ.get("MED3DVLM_SERVICE_KEY", "")
             draft = IntoService(service, key=secret, ca=service_ca, method=method)
         else:
             draft = IntoFolder(common.load_language_model(model, device, precision), output)
-        watcher = Watcher(pacs, followed, state, draft, say=_note)
+        watcher = Watcher(pacs, followed, state, draft, say=common.note)
         try:
             if not once:
                 watcher.run()
@@ -190,20 +195,6 @@ def watch(
         common.print_json([{"study_uid": one.uid, **vars(one)} for one in entries])
     else:
         typer.echo(f"{len(entries)} drafted")
-
-
-def _connect(
-    url: str, user: str, ca: Path | None, certificate: Path | None, key: Path | None
-) -> Pacs:
-    if not url:
-        raise typer.BadParameter("say where the PACS is: --url, or MED3DVLM_PACS_URL.")
-    common.need_hospital()
-    from med3dvlm.hospital import Pacs, PacsAddress
-
-    secrets = {
-        name: os.environ.get(f"MED3DVLM_PACS_{name.upper()}", "") for name in ("password", "token")
-    }
-    return Pacs(PacsAddress(url=url, user=user, ca=ca, certificate=certificate, key=key, **secrets))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -233,7 +224,3 @@ def _line(uid: str, found: FoundStudy, columns: tuple[str, ...]) -> str:
 
     facts = [one_line(str(found.header.get(keyword, "") or "-"), 80) for keyword in columns]
     return "  ".join([uid, *facts, f"{found.images if found.images is not None else '?'} images"])
-
-
-def _note(text: str) -> None:
-    common.errors.print(text, markup=False, highlight=False)

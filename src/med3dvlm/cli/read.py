@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +17,13 @@ from med3dvlm.cli.common import (
     PrecisionOption,
     SeedOption,
     SeriesOption,
+    grouped,
 )
+from med3dvlm.notice import CANNOT_TELL
+
+if TYPE_CHECKING:
+    from med3dvlm.models import Med3DVLM
+    from med3dvlm.scan import Scan
 
 ScanArgument = Annotated[
     str,
@@ -25,11 +32,6 @@ ScanArgument = Annotated[
         metavar="SCAN",
     ),
 ]
-SampleOption = Annotated[
-    bool, typer.Option("--sample", help="Draw tokens instead of the likeliest.")
-]
-TemperatureOption = Annotated[float, typer.Option(min=0.01, help="With --sample.")]
-TopPOption = Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")]
 ThresholdOption = Annotated[
     float | None,
     typer.Option(
@@ -42,10 +44,42 @@ MethodOption = Annotated[
         "--evidence-method", help="layercam, grad-cam, integrated-gradients or occlusion (slow)."
     ),
 ]
-CANNOT_TELL = "cannot tell"
 METHODS = ("layercam", "grad-cam", "integrated-gradients", "occlusion")
 
 
+@dataclass(frozen=True)
+class OneScanOptions:
+    """How a scan is read, and how a model writes about it."""
+
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens instead of the likeliest.")
+    ] = False
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 0.7
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="With --sample.")] = 0.9
+    series: SeriesOption = None
+    frame: FrameOption = None
+    device: DeviceOption = "auto"
+    precision: PrecisionOption = None
+    seed: SeedOption = 0
+    as_json: JsonOption = False
+
+    def read(self, scan: str) -> Scan:
+        return common.read_with_warnings(scan, series=self.series, frame=self.frame)
+
+    def load(self, model: str) -> Med3DVLM:
+        return common.load_language_model(model, self.device, self.precision)
+
+    def generation(self) -> dict[str, Any]:
+        """Options of `generate`: greedy unless sampling is asked for."""
+        if not self.sample:
+            return {}
+        import torch
+
+        torch.manual_seed(self.seed)
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+
+@grouped
 def report(
     scan: ScanArgument,
     model: ModelOption = "demo",
@@ -66,34 +100,24 @@ def report(
     threshold: ThresholdOption = None,
     prompt: Annotated[str | None, typer.Option(help="Another instruction to the model.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest report, tokens.")] = 256,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = 0.7,
-    top_p: TopPOption = 0.9,
-    series: SeriesOption = None,
-    frame: FrameOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: OneScanOptions,
 ) -> None:
     """Draft a report about a scan.
 
     Example: `med3dvlm report chest/ --picture chest.png --evidence chest-evidence/`
     """
     _check_method(evidence_method)
-    read = common.read_with_warnings(scan, series=series, frame=frame)
-    vlm = common.load_language_model(model, device, precision)
-    options = common.generation_options(
-        sample=sample, temperature=temperature, top_p=top_p, seed=seed
-    )
+    read = options.read(scan)
+    vlm = options.load(model)
     _check_calibration(vlm, threshold)
     seen = vlm.see(read)
     drafted = vlm.report(
         seen,
         prompt=prompt,
         max_new_tokens=max_tokens,
-        streamer=None if as_json or threshold is not None else _streamer(vlm),
-        **options,
+        streamer=None if options.as_json or threshold is not None else _streamer(vlm),
+        **options.generation(),
     )
     rated = _rate(vlm, seen, drafted)
     text = str(drafted)
@@ -101,7 +125,7 @@ def report(
         from med3dvlm.evidence import with_withheld
 
         text = with_withheld(text, rated, threshold)
-        if not as_json:
+        if not options.as_json:
             typer.echo(text)
     overlay = None
     if evidence is not None:
@@ -113,7 +137,7 @@ def report(
             temporary.write_text(text + "\n", "utf-8")
     if picture is not None:
         draw(read, text, picture, vlm, evidence=overlay)
-    if as_json:
+    if options.as_json:
         sentences = [_sentence(one, threshold) for one in rated]
         common.print_json(
             _result(vlm, read, report=text, confidence=drafted.confidence, sentences=sentences)
@@ -122,12 +146,13 @@ def report(
         common.print_notice(vlm)
 
 
+@grouped
 def ask(
     scan: ScanArgument,
     questions: Annotated[
         list[str],
         typer.Argument(
-            metavar="QUESTION...", help="A question, in quotes; of several the scan is read once."
+            metavar="QUESTION", help="A question, in quotes; of several the scan is read once."
         ),
     ],
     choices: Annotated[
@@ -141,15 +166,8 @@ def ask(
     evidence_method: MethodOption = "layercam",
     threshold: ThresholdOption = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = 0.7,
-    top_p: TopPOption = 0.9,
-    series: SeriesOption = None,
-    frame: FrameOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
+    *,
+    options: OneScanOptions,
 ) -> None:
     """Answer questions about a scan; with choices, score each by its likelihood.
 
@@ -164,20 +182,17 @@ def ask(
         raise typer.BadParameter(f"--evidence {evidence}: one map is written as .nii or .nii.gz.")
     if evidence is not None and len(questions) > 1:
         raise typer.BadParameter("--evidence is of one answer: ask one question at a time.")
-    read = common.read_with_warnings(scan, series=series, frame=frame)
-    vlm = common.load_language_model(model, device, precision)
+    read = options.read(scan)
+    vlm = options.load(model)
     _check_calibration(vlm, threshold)
-    options = common.generation_options(
-        sample=sample, temperature=temperature, top_p=top_p, seed=seed
-    )
-    streamed = not as_json and not choices and threshold is None and len(questions) == 1
+    streamed = not options.as_json and not choices and threshold is None and len(questions) == 1
     answers = vlm.ask(
         read,
         questions,
         choices,
         max_new_tokens=max_tokens,
         streamer=_streamer(vlm) if streamed else None,
-        **options,
+        **options.generation(),
     )
     if evidence is not None:
         from med3dvlm.evidence import answer_target
@@ -188,7 +203,7 @@ def ask(
         _answer(vlm, question, answer, threshold)
         for question, answer in zip(questions, answers, strict=True)
     ]
-    if as_json:
+    if options.as_json:
         common.print_json(_result(vlm, read, **given[0] if len(given) == 1 else {"answers": given}))
         return
     for one in given if not streamed else ():
@@ -292,7 +307,7 @@ def _report_maps(
         return _save_map(vlm, scan, target, method, path)
     with common.progress_bar("explaining") as progress:
         save_report_maps(vlm, scan, text, path, prompt=prompt, method=method, progress=progress)
-    common.errors.print(f"evidence: {path}", markup=False, highlight=False)
+    common.note(f"evidence: {path}")
     return explain(vlm, scan, target, method=method)
 
 
@@ -302,7 +317,7 @@ def _save_map(vlm: Any, scan: Any, target: Any, method: str, path: Path) -> Any:
 
     values = explain(vlm, scan, target, method=method)
     save_nifti(as_scan(scan, values), path)
-    common.errors.print(f"evidence: {path}", markup=False, highlight=False)
+    common.note(f"evidence: {path}")
     return values
 
 
@@ -318,7 +333,7 @@ def draw(scan: Any, text: str, path: Path, vlm: Any, *, evidence: Any = None) ->
         footer=f"Model {vlm.label} · weights {vlm.fingerprint()} · "
         f"preparation {vlm.preparation.fingerprint()}\n{common.notice(vlm)}",
     )
-    common.errors.print(f"picture: {path}", markup=False, highlight=False)
+    common.note(f"picture: {path}")
 
 
 def _result(vlm: Any, scan: Any, **result: Any) -> dict[str, Any]:

@@ -2,40 +2,95 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.access import ConfigOption, DatabaseOption, DataOption
-from med3dvlm.cli.common import JsonOption
+from med3dvlm.cli.common import JsonOption, grouped
 
 if TYPE_CHECKING:
+    from med3dvlm.service.access import Identity
     from med3dvlm.service.core import Service
+    from med3dvlm.service.database import Database
+    from med3dvlm.service.settings import Settings
 
 app = typer.Typer(no_args_is_help=True, help="The service's database, files and index.")
 
-ModelOption = Annotated[
-    str | None, typer.Option("--model", "-m", help="'demo', a checkpoint folder, or a hub name.")
-]
 StorageOption = Annotated[str | None, typer.Option(help="Folder, or s3://bucket/prefix.")]
-IndexOption = Annotated[str | None, typer.Option(help="Folder, or postgresql://…#name.")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 
 
+@dataclass(frozen=True)
+class ServiceOptions:
+    """Where the service's settings and things are."""
+
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of the service's settings.")
+    ] = None
+    data: Annotated[Path | None, typer.Option(help="The service's folder.")] = None
+    database: Annotated[str | None, typer.Option(help="sqlite:///file or postgresql://…")] = None
+
+    def settings(self, **given: Any) -> Settings:
+        """The settings, with what else was given on the command line."""
+        _needed()
+        from med3dvlm.service.settings import load_settings
+
+        options = {name: value for name, value in vars(self).items() if name != "config"}
+        return load_settings(self.config, **options, **given)
+
+    @contextmanager
+    def opened(self, **given: Any) -> Iterator[Service]:
+        """The whole service, as its server has it."""
+        settings = self.settings(**given)
+        from med3dvlm.service.core import Service
+
+        service = Service.open(settings)
+        with _answering():
+            try:
+                yield service
+            finally:
+                service.close()
+
+    @contextmanager
+    def opened_database(self) -> Iterator[tuple[Settings, Database]]:
+        """The settings and the database alone, in the schema of this version."""
+        settings = self.settings()
+        from med3dvlm.service.database import Database
+        from med3dvlm.service.migrations import migrate
+
+        database = Database(settings.database_url)
+        with _answering():
+            try:
+                migrate(database)
+                yield settings, database
+            finally:
+                database.close()
+
+
+@dataclass(frozen=True)
+class RunOptions(ServiceOptions):
+    """What the server and a worker are run with."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="'demo', a checkpoint folder, or a hub name."),
+    ] = None
+    storage: StorageOption = None
+    index: Annotated[str | None, typer.Option(help="Folder, or postgresql://…#name.")] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = None
+
+
+@grouped
 def serve(
-    config: ConfigOption = None,
+    options: RunOptions,
     host: Annotated[str | None, typer.Option(help="Address to bind; 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to bind; 8000.")] = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
-    storage: StorageOption = None,
-    index: IndexOption = None,
-    device: DeviceOption = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -51,72 +106,56 @@ def serve(
 
     Example: `med3dvlm serve --data /srv/med3dvlm`
     """
-    run, settings = _run(
-        config,
+    settings = options.settings(
         host=host,
         port=port,
-        model=model,
-        data=data,
-        database=database,
-        storage=storage,
-        index=index,
-        device=device,
         workers=workers,
         tls_certificate=tls_certificate,
         tls_key=tls_key,
     )
+    from med3dvlm.service import run
+
+    run.set_up_logging()
     run.serve(settings)
 
 
+@grouped
 def work(
-    config: ConfigOption = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
-    storage: StorageOption = None,
-    index: IndexOption = None,
-    device: DeviceOption = None,
+    options: RunOptions,
     metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus there.")] = None,
 ) -> None:
     """Do the jobs of a server that runs elsewhere, with the same settings.
 
     Example: `med3dvlm work --database postgresql://med3dvlm@db/med3dvlm --device cuda:1`
     """
-    run, settings = _run(
-        config,
-        model=model,
-        data=data,
-        database=database,
-        storage=storage,
-        index=index,
-        device=device,
-        metrics_port=metrics_port,
-    )
+    settings = options.settings(metrics_port=metrics_port)
+    from med3dvlm.service import run
+
+    run.set_up_logging()
     run.work(settings)
 
 
 @app.command()
-def migrate(
-    config: ConfigOption = None, data: DataOption = None, database: DatabaseOption = None
-) -> None:
+@grouped
+def migrate(where: ServiceOptions) -> None:
     """Bring the database to the schema of this version; `serve` does it by itself.
 
     Example: `med3dvlm service migrate --data /srv/med3dvlm`
     """
     from med3dvlm.service.migrations import migrate
 
-    with _opened(config, data=data, database=database) as service:
+    with where.opened() as service:
         before = migrate(service.database)
     typer.echo(f"The schema is current; it was {before or 'empty'}.")
 
 
 @app.command()
+@grouped
 def backup(
     folder: Annotated[Path, typer.Argument(help="Of the backup; an older one is brought on.")],
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
     storage: StorageOption = None,
+    *,
+    where: ServiceOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Write every table and file into a folder, while the service runs.
@@ -125,19 +164,19 @@ def backup(
     """
     from med3dvlm.service.backup import back_up
 
-    with _opened(config, data=data, database=database, storage=storage) as service:
+    with where.opened(storage=storage) as service:
         about = back_up(service, folder)
     _tell(about, as_json, f"{folder}: {sum(about['tables'].values())} rows, "
           f"{about['files_copied']} new files.")  # fmt: skip
 
 
 @app.command()
+@grouped
 def restore(
     folder: Annotated[Path, typer.Argument(help="Of the backup.")],
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
     storage: StorageOption = None,
+    *,
+    where: ServiceOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Bring a backup back, into an empty database; it may be of another kind.
@@ -146,33 +185,32 @@ def restore(
     """
     from med3dvlm.service.backup import restore
 
-    with _opened(config, data=data, database=database, storage=storage) as service:
+    with where.opened(storage=storage) as service:
         about = restore(service, folder)
     _tell(about, as_json, f"Restored what was backed up {about['created']}; the workers will "
           "make the search index.")  # fmt: skip
 
 
 @app.command()
-def reindex(
-    config: ConfigOption = None, data: DataOption = None, database: DatabaseOption = None
-) -> None:
+@grouped
+def reindex(where: ServiceOptions) -> None:
     """Let the workers put every study into the search index, as after a change of model.
 
     Example: `med3dvlm service reindex --data /srv/med3dvlm`
     """
     from med3dvlm.service.backup import reindex
 
-    with _opened(config, data=data, database=database) as service:
+    with where.opened() as service:
         typer.echo(f"{reindex(service)} studies wait to be indexed.")
 
 
 @app.command()
+@grouped
 def corrections(
     folder: Annotated[Path, typer.Argument(help="For the manifest and the volumes.")],
-    config: ConfigOption = None,
-    data: DataOption = None,
-    database: DatabaseOption = None,
     storage: StorageOption = None,
+    *,
+    where: ServiceOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Write signed reports with their volumes, as `med3dvlm prepare folder` takes them.
@@ -181,8 +219,8 @@ def corrections(
     """
     from med3dvlm.service.corrections import write_corrections
 
-    with _opened(config, data=data, database=database, storage=storage) as service:
-        count = write_corrections(service, folder)
+    with where.opened(storage=storage) as service:
+        count = write_corrections(service, folder, local_person())
     _tell({"studies": count, "folder": str(folder)}, as_json, f"{folder}: {count} studies.")
 
 
@@ -193,30 +231,27 @@ def _tell(value: Any, as_json: bool, sentence: str) -> None:
         typer.echo(sentence)
 
 
-def _run(config: Path | None, **given: Any) -> tuple[Any, Any]:
-    _needed()
-    from med3dvlm.service import run
-    from med3dvlm.service.settings import load_settings
+def local_person() -> Identity:
+    """Who runs this command, for the log."""
+    from med3dvlm.service.access import Identity
 
-    run.set_up_logging()
-    return run, load_settings(config, **given)
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        name = str(os.getuid())
+    return Identity(f"cli:{name}", name, "administrator", "local")
 
 
 @contextmanager
-def _opened(config: Path | None, **given: Any) -> Iterator[Service]:
-    _needed()
-    from med3dvlm.service.core import Service
+def _answering() -> Iterator[None]:
+    """Say in one sentence that the database does not answer."""
     from med3dvlm.service.database import UNREACHABLE
-    from med3dvlm.service.settings import load_settings
 
-    service = Service.open(load_settings(config, **given))
     try:
-        yield service
+        yield
     except UNREACHABLE as error:
         reason = " ".join(str(error.__cause__ or error).split())[:160]
         raise OSError(f"the database does not answer ({reason}): is it running?") from error
-    finally:
-        service.close()
 
 
 def _needed() -> None:

@@ -3,65 +3,61 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from med3dvlm.cli import common
-from med3dvlm.cli.common import JsonOption
+from med3dvlm.cli.classify import AbsentOption, PresentOption, prompt_pairs
+from med3dvlm.cli.common import JsonOption, grouped
 
 app = typer.Typer(no_args_is_help=True, help="Train by a recipe (YAML); goes on by itself.")
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe.", metavar="RECIPE.yaml")]
-OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(help="Settings to change.", metavar="[KEY=VALUE]...")
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Say what the run would take; write nothing.")
-]
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What is trained, and whether it is only planned."""
+
+    recipe: Annotated[Path, typer.Argument(help="A recipe.", metavar="RECIPE.yaml")]
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change.", metavar="KEY=VALUE")
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would take; write nothing.")
+    ] = False
+    as_json: JsonOption = False
 
 
 @app.command("contrastive")
-def train_contrastive(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
+@grouped
+def train_contrastive(options: RunOptions) -> None:
     """Stage 1: volumes and reports into one space.
 
     Example: `med3dvlm train contrastive recipes/demo/contrastive.yaml training.batch_size=16`
     """
-    _train("contrastive", recipe, overrides, dry_run=dry_run, as_json=as_json)
+    _train("contrastive", options)
 
 
 @app.command("alignment")
-def train_alignment(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
+@grouped
+def train_alignment(options: RunOptions) -> None:
     """Stage 2: the projector learns to speak to the language model.
 
     Example: `med3dvlm train alignment recipes/demo/alignment.yaml`
     """
-    _train("alignment", recipe, overrides, dry_run=dry_run, as_json=as_json)
+    _train("alignment", options)
 
 
 @app.command("instruction")
-def train_instruction(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    dry_run: DryRunOption = False,
-    as_json: JsonOption = False,
-) -> None:
+@grouped
+def train_instruction(options: RunOptions) -> None:
     """Stage 3: reports and answers.
 
     Example: `med3dvlm train instruction recipes/demo/instruction.yaml`
     """
-    _train("instruction", recipe, overrides, dry_run=dry_run, as_json=as_json)
+    _train("instruction", options)
 
 
 @app.command("probe")
@@ -89,7 +85,7 @@ def train_probe(
 
     probe, results = train_probe(SearchIndex.open(index), labels, hidden=hidden, seed=seed)
     probe.save(output, results)
-    _print(results, as_json)
+    common.print_results(results, as_json)
 
 
 @app.command("calibration")
@@ -105,12 +101,8 @@ def train_calibration(
     split: Annotated[
         str, typer.Option(help="Which split; not the one evaluated on.")
     ] = "validation",
-    present: Annotated[
-        list[str] | None, typer.Option(help="Prompt for a finding that is there; repeatable.")
-    ] = None,
-    absent: Annotated[
-        list[str] | None, typer.Option(help="Prompt for one that is not; as many as --present.")
-    ] = None,
+    present: PresentOption = None,
+    absent: AbsentOption = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     device: common.DeviceOption = "auto",
 ) -> None:
@@ -118,7 +110,6 @@ def train_calibration(
 
     Example: `med3dvlm train calibration ct.store -m runs/search -o runs/search/calibration.json`
     """
-    from med3dvlm.cli.classify import prompt_pairs
     from med3dvlm.cli.store import data_module
     from med3dvlm.evaluate.tasks import cases_of_store, fit_calibration
     from med3dvlm.evaluate.tasks.zero_shot import PROMPTS
@@ -134,28 +125,19 @@ def train_calibration(
     typer.echo(f"{output}: {len(fitted.findings)} findings, fitted on {len(cases)} studies")
 
 
-def _print(results: Any, as_json: bool) -> None:
-    if as_json:
-        common.print_json(results.to_dict())
-    else:
-        typer.echo(results.to_markdown())
-
-
-def _train(
-    stage: str, path: Path, overrides: list[str] | None, *, dry_run: bool, as_json: bool
-) -> None:
+def _train(stage: str, options: RunOptions) -> None:
     from med3dvlm.train import RecipeError, load_recipe, train
 
-    if as_json and not dry_run:
+    if options.as_json and not options.dry_run:
         raise typer.BadParameter("--json prints what --dry-run finds: add --dry-run.")
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(options.recipe, options.overrides)
     if recipe.stage != stage:
         raise RecipeError(
-            f"{path} is a recipe for {recipe.stage}: use med3dvlm train {recipe.stage}."
+            f"{options.recipe} is a recipe for {recipe.stage}: use med3dvlm train {recipe.stage}."
         )
     main = os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate number processes
     with common.progress_bar("preparing studies") as progress:
-        if dry_run:
+        if options.dry_run:
             from med3dvlm.train.plan import plan
 
             planned = plan(recipe, progress=progress)
@@ -163,9 +145,9 @@ def _train(
             train(recipe, progress=progress if main else None)
     if not main:
         return
-    if not dry_run:
+    if not options.dry_run:
         typer.echo(f"{recipe.output}: trained")
-    elif as_json:
+    elif options.as_json:
         common.print_json(planned.to_dict())
     else:
         typer.echo(planned.to_text())

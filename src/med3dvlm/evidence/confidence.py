@@ -25,6 +25,7 @@ from med3dvlm.data.laterality import swap_sides
 from med3dvlm.data.phantoms import PHANTOM_TERMS
 from med3dvlm.evaluate.findings import CT_RATE_TERMS
 from med3dvlm.files import write_json
+from med3dvlm.notice import CANNOT_TELL
 from med3dvlm.sentences import Sentence, split_report
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 FILE = "calibration.json"
 VOCABULARIES: dict[str, Mapping[str, Term]] = {"phantoms": PHANTOM_TERMS, "ct-rate": CT_RATE_TERMS}
-CANNOT_TELL = "cannot tell"
 MOST = 8.0  # log-odds beyond which nothing gets surer
 BATCH = 8  # questions at a time
 ANSWERS = ["yes", "no"]

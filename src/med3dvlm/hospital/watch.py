@@ -109,8 +109,10 @@ def read_rules(path: Path | str) -> Rules:
             rule.check()
         except RulesError as error:
             raise RulesError(f"{path}: {error}") from error
-    if rules.every_s <= 0 or rules.stable_s < 0 or rules.days < 0 or rules.attempts < 1:
-        raise RulesError(f"{path}: every_s, stable_s, days and attempts cannot be below zero.")
+    if min(rules.every_s, rules.attempts, rules.limit) <= 0 or min(rules.stable_s, rules.days) < 0:
+        raise RulesError(
+            f"{path}: every_s, attempts and limit must be above zero, stable_s and days not below."
+        )
     return rules
 
 
@@ -343,15 +345,9 @@ class Memory:
                 f"{path}: another watcher uses it; give this one a file of its own."
             ) from error
         try:
-            self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self.connection.execute("PRAGMA synchronous=FULL")
-            self.connection.execute(
-                "CREATE TABLE IF NOT EXISTS studies (uid TEXT PRIMARY KEY, state TEXT NOT NULL, "
-                "images INTEGER NOT NULL, since REAL NOT NULL, attempts INTEGER NOT NULL, "
-                "rule TEXT NOT NULL, series TEXT NOT NULL, reason TEXT NOT NULL, "
-                "result TEXT NOT NULL)"
-            )
+            self.connection = _opened(path)
         except sqlite3.DatabaseError as error:
+            os.close(self.lock)
             raise RulesError(f"{path}: it is no memory of a watcher ({error}).") from error
 
     def entry(self, uid: str) -> Entry:
@@ -373,3 +369,19 @@ class Memory:
     def close(self) -> None:
         self.connection.close()
         os.close(self.lock)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS studies (uid TEXT PRIMARY KEY, state TEXT NOT NULL, "
+            "images INTEGER NOT NULL, since REAL NOT NULL, attempts INTEGER NOT NULL, "
+            "rule TEXT NOT NULL, series TEXT NOT NULL, reason TEXT NOT NULL, "
+            "result TEXT NOT NULL)"
+        )
+    except sqlite3.DatabaseError:
+        connection.close()
+        raise
+    return connection

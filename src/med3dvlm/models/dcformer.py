@@ -224,7 +224,8 @@ class DecomposedConv3d(nn.Module):
     def _smooth(self, x: Tensor, axis: int) -> Tensor:
         if not self.antialias:
             return x
-        window = _along(axis, 1, other=self.stride)
+        steps = _along(axis, 1, other=self.stride)
+        window = [min(step, size) for step, size in zip(steps, x.shape[2:], strict=True)]
         return F.avg_pool3d(x, window, ceil_mode=True, count_include_pad=False)
 
 

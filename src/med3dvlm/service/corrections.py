@@ -13,23 +13,28 @@ from pathlib import Path
 
 from med3dvlm.files import atomic_file
 from med3dvlm.service import reviews
+from med3dvlm.service.access import Identity
+from med3dvlm.service.audit import record
 from med3dvlm.service.core import Service
 
 MANIFEST = "manifest.jsonl"
 
 
-def write_corrections(service: Service, folder: Path) -> int:
+def write_corrections(service: Service, folder: Path, identity: Identity) -> int:
     """Write the manifest of :func:`reviews.corrections` and its volumes; says how many.
 
-    Volumes that are there already are not copied again.
+    Volumes that are there already are not copied again. The export is noted in the audit log
+    before anything is written.
 
     Raises:
         ValueError: if nothing was signed yet.
     """
+    with service.database.session() as session:
+        record(session, identity, "corrections.export", "corrections")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     rows = []
     with service.database.reading() as session:
-        for _, row in reviews.corrections(session):
+        for row in reviews.corrections(session):
             target = folder / row["path"]
             if not target.is_file():
                 with atomic_file(target) as temporary:

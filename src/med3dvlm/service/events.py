@@ -72,7 +72,9 @@ class EventHub:
     @asynccontextmanager
     async def _queue(self, job_id: str) -> AsyncIterator[asyncio.Queue[JobEvent]]:
         if not self.queues:
-            self.last = await self._patiently(self._newest)
+            newest = await self._patiently(self._newest)
+            if not self.queues:  # else another reader began meanwhile, and waits for what is older
+                self.last = newest
         queue: asyncio.Queue[JobEvent] = asyncio.Queue()
         self.queues.setdefault(job_id, set()).add(queue)
         if self.task is None or self.task.done():

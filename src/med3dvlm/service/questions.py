@@ -7,13 +7,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from med3dvlm.notice import CANNOT_TELL
 from med3dvlm.service import studies, work
 from med3dvlm.service.access import Identity
 from med3dvlm.service.audit import record
 from med3dvlm.service.core import Service
 from med3dvlm.service.tables import Job, Question
-
-CANNOT_TELL = "cannot tell"
 
 
 def submit(

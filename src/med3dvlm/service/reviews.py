@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select
@@ -356,38 +355,31 @@ def changes(session: Session, study_id: str) -> list[dict[str, Any]]:
 # --- corrections as training data -------------------------------------------------------------
 
 
-def corrections(
-    session: Session, *, since: datetime | None = None
-) -> Iterator[tuple[Study, dict[str, Any]]]:
+def corrections(session: Session) -> Iterator[dict[str, Any]]:
     """Signed reports as rows of a manifest that `med3dvlm prepare folder` reads.
 
     `path` is where the storage has the volume. What was drafted and what became of it goes along
     as plain values, for who wants to learn from the difference.
     """
     query = select(Study).join(Signature, Signature.study_id == Study.id).order_by(Study.number)
-    if since is not None:
-        query = query.where(Signature.signed >= since)
     for study in session.scalars(query):
         signed = signed_report(session, study.id)
         assert signed is not None  # by the join
         counts = dict.fromkeys(STATUSES, 0)
         for one in version(session, study.id, signed.version).sentences:
             counts[one["status"]] += 1
-        yield (
-            study,
-            {
-                "path": key(study.id, VOLUME),
-                "id": study.id,
-                "report": signed.text,
-                "split": "train",
-                "draft": _draft_of(session, study.id),
-                "draft_method": str(signed.facts.get("method", "")),
-                "draft_model": str(signed.facts.get("model", "")),
-                "draft_weights": str(signed.facts.get("weights", "")),
-                **{f"sentences_{status}": counts[status] for status in STATUSES[1:]},
-                "signed": signed.signature.signed.isoformat(),
-            },
-        )
+        yield {
+            "path": key(study.id, VOLUME),
+            "id": study.id,
+            "report": signed.text,
+            "split": "train",
+            "draft": _draft_of(session, study.id),
+            "draft_method": str(signed.facts.get("method", "")),
+            "draft_model": str(signed.facts.get("model", "")),
+            "draft_weights": str(signed.facts.get("weights", "")),
+            **{f"sentences_{status}": counts[status] for status in STATUSES[1:]},
+            "signed": signed.signature.signed.isoformat(),
+        }
 
 
 def _draft_of(session: Session, study_id: str) -> str:

@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,7 +111,7 @@ class RemoteStorage:
     def fetch(self, key: str) -> Path:
         name = "".join(Path(key).suffixes)
         copy = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()}{name}"
-        if copy.is_file():
+        with suppress(FileNotFoundError):
             os.utime(copy)
             return copy
         if not self.files.exists(self._at(key)):
@@ -131,8 +132,9 @@ class RemoteStorage:
         if not self.cache.is_dir():
             return
         for copy in self.cache.iterdir():
-            if copy.stat().st_mtime < time.time() - CACHE_HOURS * 3600:
-                copy.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process has tended it
+                if copy.stat().st_mtime < time.time() - CACHE_HOURS * 3600:
+                    copy.unlink()
 
     def _at(self, key: str) -> str:
         return f"{self.root.rstrip('/')}/{key}"

@@ -339,6 +339,11 @@ def remove(service: Service, study_id: str, identity: Identity, *, signed: bool)
             session.execute(delete(table).where(table.study_id == study_id))
         session.delete(study)
         record(session, identity, "study.delete", f"study/{study_id}", signed=has_signature)
+    clear(service, study_id)
+
+
+def clear(service: Service, study_id: str) -> None:
+    """Remove the files of a study that the database has no more, and its entry in the index."""
     service.storage.delete(key(study_id))
     if service.models.dual is not None:
         service.index.remove(key(study_id, VOLUME))

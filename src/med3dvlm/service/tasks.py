@@ -153,7 +153,7 @@ def ask(worker: Worker, jobs: Sequence[Job]) -> list[Outcome | BaseException]:
                 values[keys[i]] = _answer(model, answer, facts)
     return [
         Cancelled() if job.id in worker.given_up or worker.stopping.is_set()
-        else _answered(service, job, keys[i], values[keys[i]])
+        else _answered(service, keys[i], values[keys[i]])
         for i, job in enumerate(jobs)
     ]  # fmt: skip
 
@@ -174,7 +174,7 @@ def _answer(model: Any, answer: Any, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _answered(service: Service, job: Job, result: str, value: dict[str, Any]) -> Outcome:
+def _answered(service: Service, result: str, value: dict[str, Any]) -> Outcome:
     def apply(session: Session, job: Job) -> dict[str, Any]:
         remember(session, result, value)
         question = session.scalars(select(Question).where(Question.job_id == job.id)).one()
@@ -221,7 +221,7 @@ def _generate(worker: Worker, jobs: Sequence[Job]) -> list[Outcome | BaseExcepti
                 values[keys[i]] = _draft(str(text), _rate(model, visual[[row]], str(text)))
     return [
         Cancelled() if job.id in worker.given_up or worker.stopping.is_set()
-        else _drafted(job, {"method": "generate", **facts}, values[keys[i]], keys[i])
+        else _drafted({"method": "generate", **facts}, values[keys[i]], keys[i])
         for i, job in enumerate(jobs)
     ]  # fmt: skip
 
@@ -254,9 +254,7 @@ def _draft(text: str, rated: Sequence[Rated]) -> dict[str, Any]:
     return {"text": text, "sentences": sentences}
 
 
-def _drafted(
-    job: Job, facts: dict[str, Any], value: dict[str, Any], result: str | None = None
-) -> Outcome:
+def _drafted(facts: dict[str, Any], value: dict[str, Any], result: str | None = None) -> Outcome:
     def apply(session: Session, job: Job) -> dict[str, Any]:
         if result is not None:
             remember(session, result, value)
@@ -290,7 +288,7 @@ def _draft_without_language(worker: Worker, job: Job) -> Outcome | BaseException
         text, facts["from_study"] = nearest.report, nearest.id
     else:
         text = _template(dual, studies.load_scan(service, study))
-    return _drafted(job, facts, _draft(text, _not_rated(text)))
+    return _drafted(facts, _draft(text, _not_rated(text)))
 
 
 def _template(dual: Any, scan: Scan) -> str:

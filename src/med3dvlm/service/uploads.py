@@ -19,6 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path, PurePosixPath
@@ -136,8 +137,9 @@ def _new_folder(settings: Settings, claimed: int) -> Path:
     incoming = settings.data / "incoming"
     incoming.mkdir(parents=True, exist_ok=True)
     for old in incoming.iterdir():
-        if old.stat().st_mtime < time.time() - FORGOTTEN_S:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another upload has just ended
+            if old.stat().st_mtime < time.time() - FORGOTTEN_S:
+                shutil.rmtree(old, ignore_errors=True)
     _check_disk(incoming, claimed)
     folder = Path(tempfile.mkdtemp(dir=incoming))
     (folder / "parts").mkdir()

@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -297,8 +298,8 @@ class Worker:
                 return []
         with self.service.database.session() as session:
             jobs = claim(session, self.service.settings, self.name)
-            self.held = {job.id: job.attempts for job in jobs}
         self.given_up = set()
+        self.held = {job.id: job.attempts for job in jobs}  # the heartbeat looks from now on
         return jobs
 
     def work(self, jobs: Sequence[Job]) -> None:
@@ -379,11 +380,13 @@ class Worker:
                 end(session, job, "failed", error=reason)
 
     def _sweep(self, job: Job) -> None:
-        """Files of a study that was thrown away while the job ran."""
+        """What a job has left of a study that was thrown away while it ran."""
+        from med3dvlm.service.studies import clear
+
         with self.service.database.reading() as session:
             there = session.scalar(select(Study.id).where(Study.id == job.study_id))
         if there is None:
-            self.service.storage.delete(f"studies/{job.study_id}/")
+            clear(self.service, job.study_id)
 
     # --- the heartbeat ------------------------------------------------------------------------
 
@@ -403,7 +406,9 @@ class Worker:
                     tended = now
             except UNREACHABLE:
                 continue  # said by the one who works
-        with self.service.database.session() as session:
+            except Exception:  # without it, all that the worker holds would be taken from it
+                log.exception("the heartbeat stumbled")
+        with suppress(*UNREACHABLE), self.service.database.session() as session:
             session.execute(delete(WorkerSeen).where(WorkerSeen.name == self.name))
 
     def _renew(self) -> None:

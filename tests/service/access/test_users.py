@@ -9,6 +9,7 @@ from sqlalchemy import update
 
 from med3dvlm.service.access import keys, users
 from med3dvlm.service.access.tables import ApiKey
+from med3dvlm.service.audit import rows_after
 from med3dvlm.service.database import Database, utc_now
 from med3dvlm.service.migrations import migrate
 from tests.service.access.conftest import KEEPER, PASSWORD
@@ -28,6 +29,11 @@ def test_accounts_over_http(place):
     assert client.patch("/api/users/nobody", json={"role": "reader"}).status_code == 404
     assert client.patch("/api/users/ann", json={"role": "king"}).status_code == 422
     assert client.patch("/api/users/ann", json={"surprise": 1}).status_code == 422
+    half = {"role": "king", "password": f"another-{PASSWORD}"}
+    assert client.patch("/api/users/ann", json=half).status_code == 422
+    with place.database.reading() as session:
+        acts = [row.action for row in rows_after(session) if row.object == "user/ann"]
+    assert acts == ["user.add", "user.change"]  # all of it or nothing
     assert client.delete("/api/users/ann").json()["disabled"]
     assert {"ann", "administrator"} <= {user["name"] for user in client.get("/api/users").json()}
 

@@ -16,7 +16,7 @@ from med3dvlm.service.access.gate import OPEN_NOTICE, address_of, cookie_name
 from med3dvlm.service.access.identity import Identity, require
 from med3dvlm.service.access.limits import Buckets, network_of
 from med3dvlm.service.access.oidc import OidcRefused, Provider
-from med3dvlm.service.access.passwords import PasswordError, matches
+from med3dvlm.service.access.passwords import matches
 from med3dvlm.service.access.permissions import permissions_of
 from med3dvlm.service.access.tables import User
 from med3dvlm.service.api.common import Storable
@@ -194,7 +194,7 @@ def change_own_password(request: Request, body: OwnPasswordChange, identity: Own
         raise HTTPException(409, "There are no accounts here, so there is no password.")
     if user.password is not None and not matches(user.password, body.old):
         raise HTTPException(422, "The old password is wrong.")
-    _set_password(request, identity, identity.name, body.new)
+    _change_user(request, identity, identity.name, password=body.new)
 
 
 def _session_info(request: Request, identity: Identity | None, csrf: str) -> SessionInfo:
@@ -317,9 +317,7 @@ def add_user(request: Request, body: NewUser, identity: ManageUsers) -> UserInfo
 @router.patch("/users/{name}", tags=["accounts"])
 def change_user(request: Request, name: Name, body: UserChange, identity: ManageUsers) -> UserInfo:
     """Change an account; another role or password ends its sessions."""
-    if body.password is not None:
-        _set_password(request, identity, name, body.password)
-    return _change_user(request, identity, name, **body.model_dump(exclude={"password"}))
+    return _change_user(request, identity, name, **body.model_dump())
 
 
 @router.delete("/users/{name}", tags=["accounts"])
@@ -330,18 +328,16 @@ def disable_user(request: Request, name: Name, identity: ManageUsers) -> UserInf
 
 def _change_user(request: Request, identity: Identity, name: str, **changes: Any) -> UserInfo:
     try:
-        user = users.change_user(_database(request), identity, name, **changes)
+        user = users.change_user(
+            _database(request),
+            identity,
+            name,
+            password_length=_settings(request).password_length,
+            **changes,
+        )
     except ValueError as error:
         raise refused(error) from error
     return UserInfo(**users.public(user))
-
-
-def _set_password(request: Request, identity: Identity, name: str, password: str) -> None:
-    length = _settings(request).password_length
-    try:
-        users.set_password(_database(request), identity, name, password, password_length=length)
-    except (users.AccountError, PasswordError) as error:
-        raise refused(error) from error
 
 
 # --- keys -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from med3dvlm.service.access import keys, sessions
-from med3dvlm.service.access.headers import DATA_PATHS, is_data
+from med3dvlm.service.access.headers import AWAY, DATA_PATHS, LATER_S, is_data
 from med3dvlm.service.access.identity import Identity, Require, forbidden
 from med3dvlm.service.access.limits import Buckets, limited, network_of, too_large
 from med3dvlm.service.access.permissions import PUBLIC
@@ -50,7 +50,6 @@ NOT_LOCAL = (
     "med3dvlm users add NAME --role administrator"
 )
 
-AWAY = "The database does not answer; try again in a moment."
 IN_CLEAR = (
     "Passwords and patients' data cross the network in clear: set tls_certificate and tls_key, or "
     "trusted_proxies where a proxy ends TLS."
@@ -184,9 +183,7 @@ class Gate:
             await _answer(error, request)(scope, receive, send)
         except UNREACHABLE:
             _log.exception("the database does not answer")
-            error = HTTPException(
-                503, "The database does not answer; try again in a moment.", {"Retry-After": "10"}
-            )
+            error = HTTPException(503, AWAY, {"Retry-After": LATER_S})
             await _answer(error, request)(scope, receive, send)
         else:
             await self.app(scope, limited(receive, most), send)

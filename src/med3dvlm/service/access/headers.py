@@ -34,6 +34,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
 }
+AWAY, LATER_S = "The database does not answer; try again in a moment.", "10"
+FAILED = "The server failed; its log says why."
 DATA_PATHS = ("/api/", "/v1/", "/metrics", "/health/", "/openapi.json")
 
 
@@ -65,8 +67,7 @@ class SecurityHeaders:
             await self.app(scope, receive, send_with_headers)
         except Exception:  # raised again below: the client gets a sentence, the log the fault
             if not started:
-                detail = "The server failed; its log says why."
-                response = JSONResponse({"detail": detail}, 500)
+                response = JSONResponse({"detail": FAILED}, 500)
                 await response(scope, receive, send_with_headers)
             raise  # to the log
 

@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 
 from med3dvlm.service.access.identity import Identity
 from med3dvlm.service.access.permissions import check_role
-from med3dvlm.service.access.sessions import Found, start
+from med3dvlm.service.access.sessions import Found, identity_of, start
 from med3dvlm.service.access.tables import OidcLogin, User, hashed
 from med3dvlm.service.access.users import (
     AccountError,
@@ -207,14 +207,16 @@ class Provider:
         user = session.scalar(select(User).where(User.issuer == issuer, User.subject == subject))
         if user is None:
             user = self._new_user(session, claims, role, subject)
-            record(session, _self(user, address), "user.add", f"user/{user.name}", role=role)
+            record(session, identity_of(user, address), "user.add", f"user/{user.name}", role=role)
         if user.disabled is not None:
             raise OidcRefused("refused", f"{user.name} is disabled here")
         if user.role != role:
             changes = {"role": [user.role, role]}
             user.role = role
             end_sessions(session, user.name)
-            record(session, _self(user, address), "user.change", f"user/{user.name}", **changes)
+            record(
+                session, identity_of(user, address), "user.change", f"user/{user.name}", **changes
+            )
         return user
 
     def _new_user(
@@ -316,7 +318,3 @@ def _claim(claims: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def _self(user: User, address: str) -> Identity:
-    return Identity(user.name, user.display_name, user.role, "user", address)

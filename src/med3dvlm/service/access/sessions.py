@@ -107,7 +107,7 @@ def start(session: Session, user: User, settings: Settings, *, address: str) -> 
     session.execute(delete(SignedIn).where(ended))
     token = secrets.token_urlsafe(32)
     session.add(SignedIn(token=hashed(token), user=user.name, created=now, seen=now))
-    identity = _identity(user, address)
+    identity = identity_of(user, address)
     record(session, identity, "session.start", f"user/{user.name}")
     return Found(identity, token)
 
@@ -127,7 +127,7 @@ def find(database: Database, settings: Settings, token: str, *, address: str) ->
         return None
     if idle > SEEN_EVERY:
         _note_seen(database, row.token, now)
-    return Found(_identity(user, address), token)
+    return Found(identity_of(user, address), token)
 
 
 def end(database: Database, found: Found, *, everywhere: bool = False) -> None:
@@ -146,7 +146,8 @@ def end(database: Database, found: Found, *, everywhere: bool = False) -> None:
         )
 
 
-def _identity(user: User, address: str) -> Identity:
+def identity_of(user: User, address: str) -> Identity:
+    """Who a request of a signed-in account comes from."""
     return Identity(user.name, user.display_name, user.role, "user", address)
 
 

@@ -120,14 +120,22 @@ def change_user(
     role: str | None = None,
     display_name: str | None = None,
     disabled: bool | None = None,
+    password: str | None = None,
+    password_length: int = 0,
 ) -> User:
-    """Change an account; where that changes what it may do, its sessions end.
+    """Change an account, wholly or not at all; its sessions end where that changes what it may
+    do, or its password.
+
+    Args:
+        password_length: fewest characters of a new password.
 
     Raises:
-        AccountError: if there is none, or if nobody would be left to administer.
+        AccountError: if there is none, or if nobody would be left to administer; also
+            `PasswordError`, ValueError for a password or role that is none.
     """
     if role is not None:
         check_role(role)
+    stored = None if password is None else _hashed(database, name, password, password_length)
     with database.session() as session:
         serialise(session, "users")
         user = _existing(session, name)
@@ -150,24 +158,32 @@ def change_user(
             end_sessions(session, user.name)
         if changes:
             record(session, by, "user.change", f"user/{user.name}", **changes)
+        if stored is not None:
+            user.password = stored
+            end_sessions(session, user.name)
+            record(session, by, "user.password", f"user/{user.name}")
     return user
 
 
 def set_password(
     database: Database, by: Identity, name: str, password: str, *, password_length: int
 ) -> None:
-    """Give an account another password; its sessions end."""
+    """Give an account another password; its sessions end.
+
+    Raises:
+        AccountError: if there is none, or it signs in elsewhere; also `PasswordError`.
+    """
+    change_user(database, by, name, password=password, password_length=password_length)
+
+
+def _hashed(database: Database, name: str, password: str, length: int) -> str:
+    """A new password of an account as it is kept, if it is good enough."""
     with database.reading() as session:
         user = _existing(session, name)
     if user.issuer is not None:
         raise AccountError(f"{user.name} signs in at {user.issuer}: change the password there.")
-    check_password(password, user.name, user.display_name, length=password_length)
-    stored = hash_password(password)
-    with database.session() as session:
-        user = _existing(session, name)
-        user.password = stored
-        end_sessions(session, user.name)
-        record(session, by, "user.password", f"user/{user.name}")
+    check_password(password, user.name, user.display_name, length=length)
+    return hash_password(password)
 
 
 def end_sessions(session: Session, name: str) -> None:

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from med3dvlm.search import SearchIndexError
+from med3dvlm.service.access.headers import AWAY, FAILED, LATER_S
 from med3dvlm.service.access.users import AccountError
 from med3dvlm.service.api.openai import ChatError
 from med3dvlm.service.database import UNREACHABLE
@@ -18,9 +19,8 @@ from med3dvlm.service.search import NoSearchError
 from med3dvlm.service.studies import Conflict, NotThere, Unusable
 from med3dvlm.service.work import FULL_DISK, QueueFull, UserLimit
 
-SOON_S, LATER_S = "2", "10"
+SOON_S = "2"
 FULL = "The server's disk is full, nothing was written; tell its keeper."
-AWAY = "The database does not answer; try again in a moment."
 
 log = logging.getLogger("med3dvlm.service")
 
@@ -87,4 +87,4 @@ def _disk(request: Request, error: Exception) -> JSONResponse:
 
 def _fault(request: Request, error: Exception) -> JSONResponse:
     """What nobody thought of: the log has it, and the caller learns nothing of the inside."""
-    return JSONResponse({"detail": "The server failed; its log says why."}, 500)
+    return JSONResponse({"detail": FAILED}, 500)

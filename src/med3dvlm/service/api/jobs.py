@@ -71,9 +71,8 @@ def events(
 
 def stream(request: Request, core: Service, lines: AsyncIterator[dict[str, Any]]) -> Any:
     """An answer of server-sent events; one too many is refused, a stalled reader is let go."""
+    check_streams(request, core)
     state = request.app.state
-    if state.streams >= core.settings.streams:
-        raise QueueFull("Too many event streams are open; try again in a moment.")
 
     async def counted() -> AsyncIterator[dict[str, Any]]:
         state.streams += 1
@@ -89,6 +88,12 @@ def stream(request: Request, core: Service, lines: AsyncIterator[dict[str, Any]]
     return EventSourceResponse(
         counted(), ping=PING_S, send_timeout=STALLED_S, sep="\n", headers=headers
     )
+
+
+def check_streams(request: Request, core: Service) -> None:
+    """Raise `QueueFull` where one stream more is too many."""
+    if request.app.state.streams >= core.settings.streams:
+        raise QueueFull("Too many event streams are open; try again in a moment.")
 
 
 async def _lines(request: Request, job_id: str, after: int) -> AsyncIterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ from med3dvlm.notice import notice_of
 from med3dvlm.service import questions, work
 from med3dvlm.service.access import Identity
 from med3dvlm.service.api.common import Core, HexId, MayAsk, QueryText, Storable, nudge
-from med3dvlm.service.api.jobs import stream
+from med3dvlm.service.api.jobs import check_streams, stream
 from med3dvlm.service.core import Service
 from med3dvlm.service.tables import Job
 
@@ -100,6 +100,8 @@ async def chat(request: Request, asked: ChatIn, identity: MayAsk, core: Core) ->
         message = f"The model {asked.model!r} does not exist here: use {known!r}."
         raise ChatError(message, status=404, code="model_not_found")
     question, study = _question(asked)
+    if asked.stream:  # before there is a job that nobody would hear of
+        check_streams(request, core)
     job = await run_in_threadpool(_submit, core, identity, study, question)
     nudge(request)
     head = {

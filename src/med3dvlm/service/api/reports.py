@@ -156,7 +156,7 @@ def corrections(identity: MayExportCorrections, core: Core) -> StreamingResponse
 
     def lines() -> Iterator[str]:
         with core.database.reading() as session:
-            for _, row in reviews.corrections(session):
+            for row in reviews.corrections(session):
                 yield json.dumps(row, ensure_ascii=False) + "\n"
 
     with core.database.session() as session:
