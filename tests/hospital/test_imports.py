@@ -125,7 +125,7 @@ def test_a_slow_pacs_holds_neither_requests_nor_the_model(pacs, tmp_path, series
         assert ended["state"] == "done" and ended["result"]["new"] is True
         study = service.settled(ended["study"])
         assert study["state"] == "ready" and study["source"] == "pacs"
-        assert study["study_uid"] == pacs.uid and study["shape"][0] == len(pacs.slices)
+        assert study["study_uid"] == pacs.uid and study["shape"] == list(SHAPE)
         kinds = [kind for _, kind, _ in service.events(job["id"])]
         assert kinds[-1] == "done" and "progress" in kinds
         assert service.client.get("/api/pacs/imports").json()["jobs"] == []
@@ -255,7 +255,7 @@ def test_a_worker_killed_while_it_fetches(pacs, tmp_path):
 def test_a_fetch_whose_worker_always_dies_is_marked(pacs, tmp_path):
     pacs.way.let_through(SOME_BYTES)
     with Process(
-        "serve", tmp_path, arguments=["--workers", "1"], lease_s=1, attempts=1, **pacs.settings()
+        "serve", tmp_path, arguments=["--workers", "1"], lease_s=5, attempts=1, **pacs.settings()
     ) as server:
         server.ready()
         with server.client as client:

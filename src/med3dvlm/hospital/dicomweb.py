@@ -39,6 +39,7 @@ PIECE_BYTES = 2**18  # of what is streamed: how finely progress is told
 FULL_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 ANY_SYNTAX = (("application/dicom", "*"),)
 UID = re.compile(r"(?=.{1,64}$)\d+(\.\d+)*")
+BOUNDARY = re.compile(r'multipart/.*;\s*boundary="?([^";]+)"?', re.IGNORECASE)
 STUDY_FIELDS = (
     "StudyInstanceUID", "PatientName", "PatientID", "PatientBirthDate", "PatientSex",
     "StudyDate", "StudyTime", "StudyDescription", "AccessionNumber", "ModalitiesInStudy",
@@ -352,9 +353,10 @@ class Pacs:
                 f"{self.address}: it sends on to {response.headers['location']!r}; give the "
                 "address of the DICOMweb service itself."
             )
-        pull = response.iter_content
+        pull, end = response.iter_content, _unframed_end(response)
 
         def counted(chunk_size: int | None = 1, decode_unicode: bool = False) -> Iterator[bytes]:
+            tail = b""
             # what is streamed comes in pieces of a bounded size, whatever the client asks for
             for chunk in pull(min(chunk_size or PIECE_BYTES, PIECE_BYTES), decode_unicode):
                 self._left -= len(chunk)
@@ -363,7 +365,11 @@ class Pacs:
                         f"{self.address}: its answer is too long; get a single series, or raise "
                         "the limit."
                     )
+                if end:
+                    tail = (tail + chunk)[-len(end) - 8 :]
                 yield chunk
+            if end not in tail:
+                raise requests.exceptions.ChunkedEncodingError("it ended early")
 
         response.iter_content = counted  # type: ignore[method-assign]
 
@@ -430,6 +436,18 @@ class Pacs:
         }.get(status, "it failed")
         detail = _short(response.text) if status not in (401, 403) else response.reason
         return PacsError(f"{where}: {said} (HTTP {status}: {detail}).")
+
+
+def _unframed_end(response: requests.Response) -> bytes:
+    """What an answer of many parts must end with; nothing where HTTP tells how long it is.
+
+    An answer that is as long as its connection lasts looks whole when the server dies.
+    """
+    headers = response.headers
+    if "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower():
+        return b""
+    boundary = BOUNDARY.search(headers.get("content-type", ""))
+    return b"--" + boundary[1].encode() + b"--" if boundary else b""
 
 
 class _Adapter(HTTPAdapter):

@@ -83,7 +83,7 @@ def fetch(worker: Worker, jobs: Sequence[Job]) -> list[Outcome]:
     place = _place(service, job)
     try:
         series = _get(worker, job, place)
-        came = studies.Came(place, series)
+        came = studies.Came.at(place, series)
         with service.database.reading() as session:
             known = came.known(session) is not None
         study = None if known else studies.keep(service, came, identity, source="pacs")

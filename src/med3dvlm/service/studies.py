@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def receive(
     Raises:
         QueueFull, UserLimit: where there is too much to do.
     """
-    came = Came(path, series)
+    came = Came.at(path, series)
     with service.database.session() as session:
         if came.known(session) is not None:
             return enter(session, came, None, identity, limits=service.settings), False
@@ -112,25 +111,28 @@ def receive(
 
 @dataclass(frozen=True)
 class Came:
-    """Files that came: one, or a folder of DICOM files; `series` where there are several."""
+    """Files that came: one, or a folder of DICOM files.
+
+    Attributes:
+        series: SeriesInstanceUID or SeriesNumber, where there are several.
+        content: a hash, the same for the same files, whatever their names and order.
+    """
 
     path: Path
     series: str | None
+    files: tuple[Path, ...]
+    content: str
 
-    @cached_property
-    def files(self) -> list[Path]:
-        if not self.path.is_dir():
-            return [self.path]
-        return sorted(p for p in self.path.rglob("*") if p.is_file())
-
-    @cached_property
-    def content(self) -> str:
-        """The same for the same files, whatever their names and order."""
+    @classmethod
+    def at(cls, path: Path, series: str | None) -> Came:
+        """Reads all of it: not to be done while others wait for the database."""
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         digests = []
-        for file in self.files:
+        for file in files:
             with file.open("rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        return hashlib.sha256(repr((sorted(digests), self.series)).encode()).hexdigest()
+        content = hashlib.sha256(repr((sorted(digests), series)).encode()).hexdigest()
+        return cls(path, series, tuple(files), content)
 
     def known(self, session: Session) -> Study | None:
         return session.scalar(select(Study).where(Study.content == self.content))
