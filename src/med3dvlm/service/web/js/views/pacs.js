@@ -49,7 +49,7 @@ export function pacsDialog({ onadded, go }) {
   function row(name, facts, take, below) {
     const place = h("div", { class: "pacs-place" });
     const offer = () => fill(place, [["Add", false], ["Open", true]].map(([text, open]) =>
-      h("button", { type: "button", class: open ? "primary" : "", aria: { label: `${text} ${name}` }, onclick: () => run(open) }, text)));
+      h("button", { type: "button", aria: { label: `${text} ${name}` }, onclick: () => run(open) }, text)));
     async function run(open) {
       for (const button of place.children) button.disabled = true;
       try {
