@@ -86,7 +86,7 @@ export function importsList({ session, signal, onarrived, go }) {
     const mine = job.created_by === session.user;
     const made = ACTIVE.has(job.state) ? running(job, mine) : failed(job);
     before?.element.remove();
-    return { ...made, mine, state: job.state };
+    return Object.assign(made, { mine, state: job.state });
   }
 
   function running(job, mine) {
