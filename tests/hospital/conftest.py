@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -33,12 +34,38 @@ MODEL = Model(name="demo", weights="0123456789abcdef", preparation="fedcba987654
 @pytest.fixture(scope="session")
 def pacs_address(tmp_path_factory) -> Iterator[PacsAddress]:
     """Where one empty Orthanc is up, for the whole session; tests use studies of their own."""
+    folder = tmp_path_factory.mktemp("orthanc")
+    ca, pair = make_certificate(folder)
+    with orthanc(folder) as server, tls_relay(pair, server.port) as outside:
+        yield PacsAddress(
+            url=f"https://localhost:{outside}/dicom-web",
+            user=USER,
+            password=PASSWORD,
+            ca=ca,
+            attempts=2,
+            wait_s=0.05,
+        )
+
+
+@dataclass
+class Orthanc:
+    """A PACS as a process of its own."""
+
+    process: subprocess.Popen
+    port: int
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(20)
+
+
+@contextmanager
+def orthanc(folder: Path, port: int | None = None) -> Iterator[Orthanc]:
+    """An Orthanc that keeps what it is sent in a folder, and goes on with what is there."""
     program = shutil.which("Orthanc") or "/usr/sbin/Orthanc"
     if not Path(program).exists() or not PLUGIN.exists():
         pytest.skip("Orthanc is not installed: apt-get install orthanc orthanc-dicomweb")
-    folder = tmp_path_factory.mktemp("orthanc")
-    ca, pair = make_certificate(folder)
-    port = free_port()
+    port = port or free_port()
     settings = {
         "Name": "test",
         "StorageDirectory": str(folder / "storage"),
@@ -54,21 +81,76 @@ def pacs_address(tmp_path_factory) -> Iterator[PacsAddress]:
     (folder / "orthanc.json").write_text(json.dumps(settings))
     log = (folder / "orthanc.log").open("wb")
     process = subprocess.Popen([program, str(folder / "orthanc.json")], stdout=log, stderr=log)
+    server = Orthanc(process, port)
     try:
         wait_for(f"http://127.0.0.1:{port}/system", process, folder / "orthanc.log")
-        with tls_relay(pair, port) as outside:
-            yield PacsAddress(
-                url=f"https://localhost:{outside}/dicom-web",
-                user=USER,
-                password=PASSWORD,
-                ca=ca,
-                attempts=2,
-                wait_s=0.05,
-            )
+        yield server
     finally:
-        process.kill()  # nothing there is kept
-        process.wait(20)
+        server.kill()  # nothing there is kept
         log.close()
+
+
+class Narrow:
+    """A way to a PACS that lets through as many bytes as a test says, and then none."""
+
+    def __init__(self, port: int):
+        self.inside = port
+        self.changed = threading.Condition()
+        self.left = float("inf")
+        self.sockets: list[socket.socket] = []
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def let_through(self, count: float = float("inf")) -> None:
+        with self.changed:
+            self.left = count
+            self.changed.notify_all()
+
+    def cut(self) -> None:
+        """End the connections that there are, with all that is on its way."""
+        for one in self.sockets:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut()
+        self.let_through()
+        with suppress(OSError):
+            self.listening.shutdown(socket.SHUT_RDWR)
+        for one in (self.listening, *self.sockets):
+            one.close()
+
+    def _listen(self) -> None:
+        with suppress(OSError):
+            while True:
+                come, _ = self.listening.accept()
+                try:
+                    go = socket.create_connection(("127.0.0.1", self.inside))
+                except OSError:  # nobody is there any more
+                    come.close()
+                    continue
+                self.sockets += [come, go]
+                for pair, narrow in (((come, go), False), ((go, come), True)):
+                    threading.Thread(target=self._pump, args=(*pair, narrow), daemon=True).start()
+
+    def _pump(self, come: socket.socket, go: socket.socket, narrow: bool) -> None:
+        with suppress(OSError):
+            while data := come.recv(65536):
+                while data:
+                    count = self._wait(len(data)) if narrow else len(data)
+                    go.sendall(data[:count])
+                    data = data[count:]
+        for one in (come, go):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def _wait(self, wanted: int) -> int:
+        with self.changed:
+            self.changed.wait_for(lambda: self.left > 0)
+            count = int(min(wanted, self.left))
+            self.left -= count
+        return count
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
@@ -155,6 +237,6 @@ def series(tmp_path_factory) -> Path:
     return write_series(tmp_path_factory.mktemp("series"), 3)
 
 
-def write_series(folder: Path, index: int) -> Path:
-    study = make_study(index, split="test", shape=(20, 40, 48))
+def write_series(folder: Path, index: int, *, shape: tuple[int, int, int] = (20, 40, 48)) -> Path:
+    study = make_study(index, split="test", shape=shape)
     return folder / LAYOUTS["dicom"].write_study(study, folder)

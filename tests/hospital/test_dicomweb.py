@@ -247,6 +247,31 @@ def test_another_study_than_asked_for_is_refused(odd, series, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("framed", [True, False])
+def test_an_answer_that_ends_with_its_connection_is_no_whole_series(odd, series, tmp_path, framed):
+    """A server that dies while it sends, where HTTP does not say how long the answer is."""
+    data = next(series.iterdir()).read_bytes()
+    part = b"--b\r\nContent-Type: application/dicom\r\n\r\n" + data + b"\r\n"
+
+    def behave(handler):
+        handler.send_response(200)
+        handler.send_header(
+            "Content-Type", 'multipart/related; type="application/dicom"; boundary=b'
+        )
+        if framed:
+            handler.send_header("Content-Length", str(2 * len(part) + 5))
+        handler.end_headers()
+        handler.wfile.write(part + part[: len(part) // 2])
+        handler.close_connection = True
+
+    study = pydicom.dcmread(next(series.iterdir())).StudyInstanceUID
+    pacs, server = odd(behave)
+    with pacs, pytest.raises(PacsError, match="broke while it sent|nobody answers") as caught:
+        pacs.get(study, tmp_path / "got", series_uid="1.2.3.4")
+    assert caught.value.passing and server.asked == 3
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_password_is_in_no_message_and_no_repr(pacs_address):
     assert pacs_address.password not in repr(pacs_address) + str(pacs_address)
     with pytest.raises(PacsError, match="apart"):

@@ -18,6 +18,7 @@ import pytest
 from med3dvlm import read_scan
 from med3dvlm.evidence import as_scan
 from med3dvlm.hospital import (
+    Document,
     ExportError,
     Line,
     Report,
@@ -47,6 +48,7 @@ LINES = (
 )
 SIGNED = Signature(name="Dr. Zoë Ångström", signed=NOW, authenticated=True)
 TYPED = replace(SIGNED, authenticated=False, name="山田太郎")
+SR_FORMATS = ("sr", "basic-text-sr")
 SIGNATURES = {"draft": None, "verified": SIGNED, "typed": TYPED}
 
 
@@ -142,6 +144,37 @@ def test_the_same_report_has_the_same_uid_and_another_one_another(source):
     assert len({uid(report()), uid(report(), "basic-text-sr"), *map(uid, changed)}) == 6
     data = [export_report(report(), source, "sr").data for _ in range(2)]
     assert data[0] == data[1]
+
+
+@pytest.mark.parametrize("to", SR_FORMATS)
+@pytest.mark.parametrize("with_images", [True, False], ids=["images", "no images"])
+def test_a_document_names_the_one_before(tmp_path, source, to, with_images):
+    if to == "sr" and not with_images:
+        return
+    about = source if with_images else None
+    before = report_object(report(), about, to)
+    document = Document(
+        study_uid=before.StudyInstanceUID,
+        series_uid=before.SeriesInstanceUID,
+        sop_class_uid=before.SOPClassUID,
+        sop_instance_uid=before.SOPInstanceUID,
+    )
+    lines = (*LINES, Line(text="Later.", section="Addendum"))
+    without = report_object(report(lines=lines), about, to)
+    assert "PredecessorDocumentsSequence" not in without
+    file = tmp_path / "made.dcm"
+    file.write_bytes(export_report(report(lines=lines, predecessor=document), about, to).data)
+    assert dicom_errors(file) == []
+    after = pydicom.dcmread(file)
+    (item,) = after.PredecessorDocumentsSequence
+    (series,) = item.ReferencedSeriesSequence
+    (instance,) = series.ReferencedSOPSequence
+    assert item.StudyInstanceUID == before.StudyInstanceUID
+    assert series.SeriesInstanceUID == before.SeriesInstanceUID
+    assert instance.ReferencedSOPClassUID == before.SOPClassUID
+    assert instance.ReferencedSOPInstanceUID == before.SOPInstanceUID
+    uids = {one.SOPInstanceUID for one in (before, without, after)}
+    assert len(uids) == 3  # it is another document with a predecessor than without
 
 
 def test_an_addendum_and_a_very_long_text_are_kept(tmp_path, source):

@@ -95,7 +95,10 @@ def reported(served, pacs_address, tmp_path_factory):
     assert [one["series_uid"] for one in listed] == [first.SeriesInstanceUID]
     fetched = served.client.post("/api/pacs/import", json={"study_uid": found["study_uid"]})
     assert fetched.status_code == 202, fetched.text
-    study = served.settled(fetched.json()["id"])
+    job = served.done(fetched.json()["job"])
+    assert job["state"] == "done" and job["result"]["new"], job
+    assert job["study"] == job["result"]["study"]
+    study = served.settled(job["study"])
     assert study["state"] == "ready" and study["source"] == "pacs"
     assert study["accession_number"] == first.AccessionNumber
     draft = served.draft(study["id"])
@@ -201,6 +204,42 @@ def test_the_audit_log_says_what_left_and_no_name(served, reported):
     assert wanted <= {row.action for row in rows}
     name = str(reported[1][0].PatientName).split("^")[0]
     assert not any(name in row.details + row.object for row in rows)
+
+
+def test_a_report_with_an_addendum_names_the_document_before(served, pacs_address, tmp_path):
+    """Of those that left: what nobody has is not referred to."""
+    study = served.upload(write_series(tmp_path / "images", 33))["id"]
+    served.signed(study)
+    path = f"/api/studies/{study}"
+
+    def exported(format: str) -> pydicom.Dataset:
+        answer = served.client.get(f"{path}/export", params={"format": format})
+        assert answer.status_code == 200, answer.text
+        (tmp_path / "a.dcm").write_bytes(answer.content)
+        assert dicom_errors(tmp_path / "a.dcm") == []
+        return pydicom.dcmread(tmp_path / "a.dcm")
+
+    def named(made: pydicom.Dataset) -> str:
+        (item,) = made.PredecessorDocumentsSequence
+        assert item.StudyInstanceUID == made.StudyInstanceUID
+        return item.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+
+    def add(text: str) -> None:
+        assert served.client.post(f"{path}/report/addendum", json={"text": text}).is_success
+
+    first = exported("sr")
+    assert "PredecessorDocumentsSequence" not in first
+    add("Seen again.")
+    sent = served.client.post(f"{path}/send", json={"format": "sr"}).json()
+    second = exported("sr")
+    assert [second.SOPInstanceUID] == sent["sop_instance_uids"]
+    assert named(second) == first.SOPInstanceUID
+    assert named(exported("basic-text-sr")) == first.SOPInstanceUID  # of the other kind, if need be
+    add("And again.")
+    add("And once more.")
+    third = exported("sr")
+    assert named(third) == second.SOPInstanceUID
+    assert exported("sr").SOPInstanceUID == third.SOPInstanceUID != second.SOPInstanceUID
 
 
 def test_a_study_that_came_as_nifti_is_refused_clearly(served, reported, tmp_path, series):

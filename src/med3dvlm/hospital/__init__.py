@@ -14,11 +14,12 @@ from med3dvlm.hospital.encapsulated_pdf import encapsulated_pdf, report_pdf
 from med3dvlm.hospital.evidence_objects import parametric_map, segmentation
 from med3dvlm.hospital.fhir import fhir_bundle
 from med3dvlm.hospital.objects import dicom_bytes, save_object
-from med3dvlm.hospital.report import ExportError, Line, Model, Report, Signature
+from med3dvlm.hospital.report import Document, ExportError, Line, Model, Report, Signature
 from med3dvlm.hospital.source import SourceImages, read_source
 from med3dvlm.hospital.structured_report import basic_text_sr, comprehensive_sr
 
 __all__ = [
+    "Document",
     "ExportError",
     "FoundStudy",
     "Line",

@@ -6,20 +6,25 @@ attempts, limits on what is taken in, and errors that say what to do.
 
 from __future__ import annotations
 
+import errno
 import re
-import time
+import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+from weakref import WeakSet
 
 import pydicom
 import requests
 from dicomweb_client import DICOMwebClient
 from pydicom.datadict import tag_for_keyword
+from requests.adapters import HTTPAdapter
 
 from med3dvlm.files import atomic_folder
 
@@ -30,8 +35,11 @@ RETRIED = (408, 429, 502, 503, 504)
 PAGE = 100  # answers asked for at a time
 BATCH_BYTES, BATCH_FILES = 32 * 2**20, 200  # of a request that sends
 ANSWER_BYTES = 64 * 2**20  # of a list of studies, or of what was stored
+PIECE_BYTES = 2**18  # of what is streamed: how finely progress is told
+FULL_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 ANY_SYNTAX = (("application/dicom", "*"),)
 UID = re.compile(r"(?=.{1,64}$)\d+(\.\d+)*")
+BOUNDARY = re.compile(r'multipart/.*;\s*boundary="?([^";]+)"?', re.IGNORECASE)
 STUDY_FIELDS = (
     "StudyInstanceUID", "PatientName", "PatientID", "PatientBirthDate", "PatientSex",
     "StudyDate", "StudyTime", "StudyDescription", "AccessionNumber", "ModalitiesInStudy",
@@ -144,7 +152,7 @@ def plain(value: Any) -> Any:
 
 
 class Pacs:
-    """A connection to a PACS; used by one thread at a time."""
+    """A connection to a PACS; used by one thread at a time, but for `abort`."""
 
     def __init__(self, address: PacsAddress):
         self.address = address
@@ -160,6 +168,9 @@ class Pacs:
         elif address.user:
             session.auth = (address.user, address.password)
         session.hooks["response"].append(self._limit)
+        self._aborted, self._adapter = Event(), _Adapter()
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, self._adapter)
         self._session, self._left = session, ANSWER_BYTES
         self._client = DICOMwebClient(
             address.url.rstrip("/"),
@@ -178,6 +189,11 @@ class Pacs:
 
     def close(self) -> None:
         self._session.close()
+
+    def abort(self) -> None:
+        """End what another thread waits for here, however silent the PACS is; nothing follows."""
+        self._aborted.set()
+        self._adapter.shut()
 
     # --- find -----------------------------------------------------------------------------
 
@@ -246,11 +262,17 @@ class Pacs:
         *,
         series_uid: str | None = None,
         progress: Progress | None = None,
+        watch: Progress | None = None,
     ) -> int:
         """Write a study, or one of its series, into a folder: a file an object, as stored.
 
         The folder appears, in place of an older one, when all is there. One object at a time is
         held in memory.
+
+        Args:
+            progress: called after each series with (its number, how many there are).
+            watch: called after each object with (objects, bytes) of its series so far; from the
+                beginning again where the series had to be.
 
         Returns:
             how many objects there are.
@@ -267,7 +289,7 @@ class Pacs:
             left = self.address.limit_bytes
             for number, uid in enumerate(wanted, 1):
                 place = temporary / f"{number:04d}"
-                count, left = self._try(partial(self._write, study_uid, uid, place, left))
+                count, left = self._try(partial(self._write, study_uid, uid, place, left, watch))
                 total += count
                 if progress:
                     progress(number, len(wanted))
@@ -275,7 +297,9 @@ class Pacs:
                 raise PacsError(f"{self.address}: it has no images of study {study_uid}.")
         return total
 
-    def _write(self, study_uid: str, series_uid: str, folder: Path, left: int) -> tuple[int, int]:
+    def _write(
+        self, study_uid: str, series_uid: str, folder: Path, left: int, watch: Progress | None
+    ) -> tuple[int, int]:
         """One series into a folder, whatever an earlier attempt left there."""
         folder.mkdir(exist_ok=True)
         for old in folder.iterdir():
@@ -288,6 +312,8 @@ class Pacs:
                 count += 1
                 # its own number is the name: what a server sends names no files here
                 dataset.save_as(folder / f"{count:06d}.dcm", enforce_file_format=True)
+                if watch:
+                    watch(count, left - self._left)
             return count, self._left
         finally:
             self._left = ANSWER_BYTES
@@ -327,24 +353,30 @@ class Pacs:
                 f"{self.address}: it sends on to {response.headers['location']!r}; give the "
                 "address of the DICOMweb service itself."
             )
-        pull = response.iter_content
+        pull, end = response.iter_content, _unframed_end(response)
 
         def counted(chunk_size: int | None = 1, decode_unicode: bool = False) -> Iterator[bytes]:
+            tail = b""
             # what is streamed comes in pieces of a bounded size, whatever the client asks for
-            for chunk in pull(min(chunk_size or 2**20, 2**20), decode_unicode):
+            for chunk in pull(min(chunk_size or PIECE_BYTES, PIECE_BYTES), decode_unicode):
                 self._left -= len(chunk)
                 if self._left < 0:
                     raise PacsError(
                         f"{self.address}: its answer is too long; get a single series, or raise "
                         "the limit."
                     )
+                if end:
+                    tail = (tail + chunk)[-len(end) - 8 :]
                 yield chunk
+            if end not in tail:
+                raise requests.exceptions.ChunkedEncodingError("it ended early")
 
         response.iter_content = counted  # type: ignore[method-assign]
 
     def _try(self, request: Callable[[], Result]) -> Result:
         """What a request gives, after as many attempts as are allowed."""
         for attempt in range(1, self.address.attempts + 1):
+            self._check_aborted()
             try:
                 self._left = ANSWER_BYTES
                 with warnings.catch_warnings():
@@ -353,11 +385,18 @@ class Pacs:
             except PacsError:
                 raise
             except Exception as error:  # of requests, urllib3, json and pydicom
+                self._check_aborted()
+                if isinstance(error, OSError) and error.errno in FULL_DISK:
+                    raise  # of this machine
                 reason = self._explain(error)
                 if not reason.passing or attempt == self.address.attempts:
                     raise reason from error
-            time.sleep(self.address.wait_s * 2 ** (attempt - 1))
+            self._aborted.wait(self.address.wait_s * 2 ** (attempt - 1))
         raise AssertionError("there is at least one attempt")
+
+    def _check_aborted(self) -> None:
+        if self._aborted.is_set():
+            raise PacsError(f"{self.address}: the request was called off.", passing=True)
 
     def _explain(self, error: Exception) -> PacsError:
         where = str(self.address)
@@ -366,7 +405,7 @@ class Pacs:
                 f"{where}: its certificate is not trusted ({_short(error)}); give the authority's "
                 "certificate as PEM file."
             )
-        if isinstance(error, requests.exceptions.Timeout):
+        if isinstance(error, requests.exceptions.Timeout) or "timed out" in str(error):
             return PacsError(f"{where}: it does not answer in time; try later.", passing=True)
         if isinstance(error, requests.exceptions.HTTPError):
             return self._explain_status(error.response)
@@ -397,6 +436,49 @@ class Pacs:
         }.get(status, "it failed")
         detail = _short(response.text) if status not in (401, 403) else response.reason
         return PacsError(f"{where}: {said} (HTTP {status}: {detail}).")
+
+
+def _unframed_end(response: requests.Response) -> bytes:
+    """What an answer of many parts must end with; nothing where HTTP tells how long it is.
+
+    An answer that is as long as its connection lasts looks whole when the server dies.
+    """
+    headers = response.headers
+    if "content-length" in headers or "chunked" in headers.get("transfer-encoding", "").lower():
+        return b""
+    boundary = BOUNDARY.search(headers.get("content-type", ""))
+    return b"--" + boundary[1].encode() + b"--" if boundary else b""
+
+
+class _Adapter(HTTPAdapter):
+    """Knows its open sockets, so that another thread can end what is waited for."""
+
+    def __init__(self) -> None:
+        self.sockets: WeakSet[socket.socket] = WeakSet()
+        super().__init__()
+
+    def get_connection_with_tls_context(self, *arguments: Any, **options: Any) -> Any:
+        pool = super().get_connection_with_tls_context(*arguments, **options)
+        if "ConnectionCls" not in vars(pool):
+            pool.ConnectionCls = _noting(pool.ConnectionCls, self.sockets)
+        return pool
+
+    def shut(self) -> None:
+        for one in tuple(self.sockets):
+            with suppress(OSError):  # it is closed already
+                # not that of an SSL socket, which takes the encryption off a stream that is read
+                socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+
+def _noting(kind: Any, sockets: WeakSet[socket.socket]) -> Any:
+    """A kind of connection that adds its socket to a set."""
+
+    class Noting(kind):
+        def connect(self) -> None:
+            super().connect()
+            sockets.add(self.sock)
+
+    return Noting
 
 
 # failure reasons of storage (DICOM PS3.18 I.2, PS3.4 B.2.3)

@@ -119,4 +119,5 @@ def save_object(made: pydicom.Dataset, path: str | Path) -> None:
 def seed_of(report: Report, source: SourceImages | None) -> str:
     """A hash of all that is said, by whom, and about which images."""
     images = [header.SOPInstanceUID for header in source.headers] if source else []
-    return hashlib.sha256(repr((report, images)).encode("utf-8", "replace")).hexdigest()
+    said = (report, images, report.predecessor) if report.predecessor else (report, images)
+    return hashlib.sha256(repr(said).encode("utf-8", "replace")).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
 
@@ -81,6 +81,16 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Document:
+    """An object of a report that has left: how another refers to it."""
+
+    study_uid: str
+    series_uid: str
+    sop_class_uid: str
+    sop_instance_uid: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """A report, drafted or signed.
 
@@ -89,6 +99,7 @@ class Report:
         notice: what a reader of it has to know about the model.
         model: None where a person wrote all of it.
         language: RFC 5646 tag of the sentences.
+        predecessor: the earlier Structured Report whose content this one has, with more.
     """
 
     lines: tuple[Line, ...]
@@ -97,6 +108,8 @@ class Report:
     model: Model | None = None
     signature: Signature | None = None
     language: str = "en"
+    # not in its repr, so that a report without one keeps the UIDs that it always had
+    predecessor: Document | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not any(line.text.strip() for line in self.lines):

@@ -36,7 +36,15 @@ from med3dvlm.hospital.objects import (
     local_time,
     new_object,
 )
-from med3dvlm.hospital.report import ExportError, Line, Report, Signature, clean, one_line
+from med3dvlm.hospital.report import (
+    Document,
+    ExportError,
+    Line,
+    Report,
+    Signature,
+    clean,
+    one_line,
+)
 from med3dvlm.hospital.source import SourceImages
 
 TITLE = codes.LN.DiagnosticImagingReport
@@ -93,6 +101,8 @@ def _fill(
     if report.verified:
         made.VerifyingObserverSequence = [_verifier(report.signature, source)]
     made.AuthorObserverSequence = _authors(report, source)
+    if report.predecessor:
+        made.PredecessorDocumentsSequence = [_reference(report.predecessor)]
     made.PerformedProcedureCodeSequence = []
     made.ReferencedPerformedProcedureStepSequence = []
     if source:
@@ -108,6 +118,18 @@ def _verifier(signature: Signature, source: SourceImages | None) -> Dataset:
     item.VerifyingOrganization = _organization(signature, source)
     item.VerificationDateTime = local_time(signature.signed)
     item.VerifyingObserverIdentificationCodeSequence = []
+    return item
+
+
+def _reference(document: Document) -> Dataset:
+    """The macro "Hierarchical SOP Instance Reference" (DICOM PS3.3 C.17.2.1)."""
+    item, series, instance = Dataset(), Dataset(), Dataset()
+    instance.ReferencedSOPClassUID = document.sop_class_uid
+    instance.ReferencedSOPInstanceUID = document.sop_instance_uid
+    series.SeriesInstanceUID = document.series_uid
+    series.ReferencedSOPSequence = [instance]
+    item.StudyInstanceUID = document.study_uid
+    item.ReferencedSeriesSequence = [series]
     return item
 
 

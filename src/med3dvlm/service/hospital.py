@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
@@ -18,26 +15,26 @@ from sqlalchemy.orm import Session
 from med3dvlm.notice import notice_of
 from med3dvlm.scan import ScanError, read_scan
 from med3dvlm.service import reviews, studies, work
-from med3dvlm.service.access import Identity
 from med3dvlm.service.core import Service
+from med3dvlm.service.database import serialise
 from med3dvlm.service.reviews import SignedReport
 from med3dvlm.service.settings import Settings
-from med3dvlm.service.studies import Conflict, NotThere
-from med3dvlm.service.tables import Job, Question, Study
-from med3dvlm.service.tasks import evidence_key
+from med3dvlm.service.studies import Conflict, NotThere, evidence_key
+from med3dvlm.service.tables import Job, Question, ReportDocument, Study
 
 if TYPE_CHECKING:
     from highdicom import SOPClass
 
-    from med3dvlm.hospital import FoundStudy, Model, Pacs, Report, SourceImages
+    from med3dvlm.hospital import Document, FoundStudy, Model, Pacs, Report, SourceImages
     from med3dvlm.hospital.export import Exported
 
+SR_FORMATS = ("sr", "basic-text-sr")
 NOT_IMAGES = ("SR", "SEG", "PR", "KO", "DOC", "OT", "RTSTRUCT", "RTPLAN", "RTDOSE", "REG")
-IMPORTS = BoundedSemaphore(2)  # at a time: each holds a thread of the server
+WAITING_ATTEMPTS = 2  # where somebody waits for the answer
 
 
-class PacsFailure(Exception):
-    """A PACS that did not do what it was asked.
+class PacsFailure(ValueError):
+    """A PACS that did not do what it was asked: one sentence.
 
     Attributes:
         passing: whether it may be tried again.
@@ -45,7 +42,7 @@ class PacsFailure(Exception):
 
     def __init__(self, error: Any):
         super().__init__(str(error))
-        self.passing: bool = error.passing
+        self.passing: bool = getattr(error, "passing", True)
 
 
 # --- reports ----------------------------------------------------------------------------------
@@ -64,8 +61,8 @@ def signed_report(session: Session, study_id: str) -> SignedReport:
     return signed
 
 
-def as_report(session: Session, signed: SignedReport, settings: Settings) -> Report:
-    """A signed report with its addenda, as `med3dvlm.hospital` has it."""
+def as_report(session: Session, signed: SignedReport, settings: Settings, to: str = "") -> Report:
+    """A signed report with its addenda, as `med3dvlm.hospital` has it; `to` is its format."""
     from med3dvlm.hospital import Line, Report, Signature
 
     peaks = _peaks(session, signed.study.id)
@@ -98,7 +95,51 @@ def as_report(session: Session, signed: SignedReport, settings: Settings) -> Rep
             organization=settings.organization,
         ),
         language=settings.language,
+        predecessor=_predecessor(session, signed, to) if to in SR_FORMATS else None,
     )
+
+
+def _predecessor(session: Session, signed: SignedReport, to: str) -> Document | None:
+    """The last Structured Report with fewer addenda that left, best of the same kind."""
+    from med3dvlm.hospital import Document
+
+    earlier = select(ReportDocument).where(
+        ReportDocument.study_id == signed.study.id, ReportDocument.addenda < len(signed.addenda)
+    )
+    last_first = (ReportDocument.addenda.desc(), ReportDocument.number.desc())
+    found = session.scalar(earlier.order_by(ReportDocument.format != to, *last_first).limit(1))
+    if found is None:
+        return None
+    return Document(
+        study_uid=found.study_uid,
+        series_uid=found.series_uid,
+        sop_class_uid=found.sop_class_uid,
+        sop_instance_uid=found.sop_instance_uid,
+    )
+
+
+def note_left(service: Service, signed: SignedReport, to: str, made: SOPClass) -> None:
+    """Remember a Structured Report that leaves; the same again is remembered once."""
+    if to not in SR_FORMATS:
+        return
+    uid = str(made.SOPInstanceUID)
+    with service.database.session() as session:
+        serialise(session, "report documents")
+        there = select(ReportDocument.number).where(
+            ReportDocument.study_id == signed.study.id, ReportDocument.sop_instance_uid == uid
+        )
+        if session.scalar(there) is None:
+            session.add(
+                ReportDocument(
+                    study_id=signed.study.id,
+                    format=to,
+                    addenda=len(signed.addenda),
+                    study_uid=str(made.StudyInstanceUID),
+                    series_uid=str(made.SeriesInstanceUID),
+                    sop_class_uid=str(made.SOPClassUID),
+                    sop_instance_uid=uid,
+                )
+            )
 
 
 def _model(facts: dict[str, Any]) -> Model | None:
@@ -143,15 +184,19 @@ def export_report(service: Service, study_id: str, to: str, fhir_version: str) -
     Raises:
         Conflict: where it is not signed, or cannot be made of these images.
     """
-    from med3dvlm.hospital import export
+    from med3dvlm.hospital import dicom_bytes, export
 
+    fonts = service.settings.pdf_fonts
     with service.database.reading() as session:
         signed = signed_report(session, study_id)
-        report = as_report(session, signed, service.settings)
+        report = as_report(session, signed, service.settings, to)
     with source_of(service, signed.study) as source, _refusals():
-        return export.export_report(
-            report, source, to, fhir_version=fhir_version, fonts=service.settings.pdf_fonts
-        )
+        if to not in SR_FORMATS:
+            return export.export_report(report, source, to, fhir_version=fhir_version, fonts=fonts)
+        made = export.report_object(report, source, to)
+        data = dicom_bytes(made)
+    note_left(service, signed, to, made)
+    return export.Exported(data, "application/dicom", ".dcm")
 
 
 def report_json(service: Service, study_id: str) -> dict[str, Any]:
@@ -165,8 +210,10 @@ def report_json(service: Service, study_id: str) -> dict[str, Any]:
     return report_as_dict(report, study={k: study[k] for k in ("id", "study_uid", "series_uid")})
 
 
-def report_object(service: Service, study_id: str, to: str) -> SOPClass:
+def report_object(service: Service, study_id: str, to: str) -> tuple[SOPClass, SignedReport]:
     """A signed report as a DICOM object for the PACS that its images came from.
+
+    Once it is there, `note_left` is to be told.
 
     Raises:
         Conflict: also where the study has no patient and study that a PACS knows.
@@ -175,13 +222,14 @@ def report_object(service: Service, study_id: str, to: str) -> SOPClass:
 
     with service.database.reading() as session:
         signed = signed_report(session, study_id)
-        report = as_report(session, signed, service.settings)
+        report = as_report(session, signed, service.settings, to)
     with source_of(service, signed.study) as source, _refusals():
         if source is None:
             raise Conflict(
                 "The study did not come as DICOM: no PACS knows it, so nothing can be filed there."
             )
-        return export.report_object(report, source, to, fonts=service.settings.pdf_fonts)
+        made = export.report_object(report, source, to, fonts=service.settings.pdf_fonts)
+    return made, signed
 
 
 # --- evidence -----------------------------------------------------------------------------------
@@ -224,16 +272,21 @@ def _about(session: Session, job: Job) -> str:
 # --- PACS -----------------------------------------------------------------------------------------
 
 
+def check_configured(settings: Settings) -> None:
+    """Raise `Conflict` where there is no PACS."""
+    if not settings.pacs_url:
+        raise Conflict("No PACS is configured: set MED3DVLM_PACS_URL.")
+
+
 @contextmanager
-def connect(settings: Settings) -> Iterator[Pacs]:
+def connect(settings: Settings, *, attempts: int = WAITING_ATTEMPTS) -> Iterator[Pacs]:
     """A connection to the configured PACS.
 
     Raises:
         Conflict: where none is configured.
         PacsFailure: where it does not do what it is asked.
     """
-    if not settings.pacs_url:
-        raise Conflict("No PACS is configured: set MED3DVLM_PACS_URL.")
+    check_configured(settings)
     from med3dvlm.hospital import Pacs, PacsAddress, PacsError
 
     try:
@@ -246,49 +299,13 @@ def connect(settings: Settings) -> Iterator[Pacs]:
             certificate=settings.pacs_certificate,
             key=settings.pacs_key,
             timeout_s=(5.0, settings.pacs_timeout_s),
-            attempts=2,  # somebody waits
+            attempts=attempts,
             limit_bytes=settings.pacs_limit_mb * 2**20,
         )
         with Pacs(address) as pacs:
             yield pacs
     except PacsError as error:
         raise PacsFailure(error) from error
-
-
-def fetch(
-    service: Service, identity: Identity, study_uid: str, series_uid: str | None
-) -> tuple[Study, bool]:
-    """Take a series in from the PACS; says whether it is new here.
-
-    Raises:
-        Conflict: where the study has several image series, and none is named; or where too many
-            are being fetched.
-    """
-    if not IMPORTS.acquire(blocking=False):
-        raise work.QueueFull("Other studies are being fetched; try again in a moment.")
-    try:
-        folder = service.settings.data / "incoming"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            place = Path(temporary, "images")
-            with connect(service.settings) as pacs:
-                series_uid = series_uid or _only_series(pacs.series(study_uid))
-                pacs.get(study_uid, place, series_uid=series_uid)
-            return studies.receive(service, place, identity, source="pacs", series=series_uid)
-    finally:
-        IMPORTS.release()
-
-
-def _only_series(listed: list[FoundStudy]) -> str:
-    images = [one for one in listed if str(one.header.get("Modality", "")) not in NOT_IMAGES]
-    if not images:
-        raise NotThere("The PACS has no images of that study.")
-    if len(images) > 1:
-        raise Conflict(
-            f"The study has {len(images)} image series: name one, of those that "
-            "/api/pacs/studies/{study_uid}/series lists."
-        )
-    return images[0].series_uid
 
 
 def describe_found(found: FoundStudy) -> dict[str, Any]:
@@ -315,6 +332,11 @@ def describe_found(found: FoundStudy) -> dict[str, Any]:
     }
 
 
+def is_image_series(found: FoundStudy) -> bool:
+    """Whether a series of the PACS holds images, as far as its modality says."""
+    return str(found.header.get("Modality", "") or "") not in NOT_IMAGES
+
+
 def describe_series(found: FoundStudy) -> dict[str, Any]:
     """A series of the PACS as the API gives it."""
     from med3dvlm.hospital.report import one_line
@@ -322,6 +344,7 @@ def describe_series(found: FoundStudy) -> dict[str, Any]:
     header = found.header
     return {
         "series_uid": found.series_uid,
+        "has_images": is_image_series(found),
         "number": _count(header.get("SeriesNumber", None)),
         "modality": one_line(str(header.get("Modality", "") or ""), 16),
         "description": one_line(str(header.get("SeriesDescription", "") or ""), 400),

@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from med3dvlm.service.access import Identity
 from med3dvlm.service.audit import record
 from med3dvlm.service.core import Service
 from med3dvlm.service.database import new_id
+from med3dvlm.service.settings import Settings
 from med3dvlm.service.tables import Addendum, Signature, Study
 
 VOLUME, THUMBNAIL = "volume.nii.gz", "thumbnail.png"
@@ -55,6 +56,11 @@ def key(study_id: str, name: str = "") -> str:
     return f"studies/{study_id}/{name}"
 
 
+def evidence_key(study_id: str, job_id: str) -> str:
+    """Where the map of an evidence job is."""
+    return key(study_id, f"evidence/{job_id}.nii.gz")
+
+
 # --- taking in --------------------------------------------------------------------------------
 
 
@@ -82,58 +88,117 @@ def receive(
     Raises:
         QueueFull, UserLimit: where there is too much to do.
     """
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    content = _content(files, series)
+    came = Came.at(path, series)
     with service.database.session() as session:
-        known = session.scalar(select(Study).where(Study.content == content))
-        if known is not None:
-            return _again(service, session, known, identity, series), False
+        if came.known(session) is not None:
+            return enter(session, came, None, identity, limits=service.settings), False
         work.check_room(session, service.settings, identity.name)
+    study = keep(service, came, identity, source=source, name=name, notes=notes)
+    try:
+        with service.database.session() as session:
+            entered = enter(session, came, study, identity, limits=service.settings)
+    except IntegrityError:  # somebody else has just sent the same
+        service.storage.delete(key(study.id))
+        with service.database.session() as session:
+            return session.scalars(select(Study).where(Study.content == came.content)).one(), False
+    except BaseException:
+        service.storage.delete(key(study.id))
+        raise
+    if entered is not study:
+        service.storage.delete(key(study.id))
+    return entered, entered is study
+
+
+@dataclass(frozen=True)
+class Came:
+    """Files that came: one, or a folder of DICOM files.
+
+    Attributes:
+        series: SeriesInstanceUID or SeriesNumber, where there are several.
+        content: a hash, the same for the same files, whatever their names and order.
+    """
+
+    path: Path
+    series: str | None
+    files: tuple[Path, ...]
+    content: str
+
+    @classmethod
+    def at(cls, path: Path, series: str | None) -> Came:
+        """Reads all of it: not to be done while others wait for the database."""
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        digests = []
+        for file in files:
+            with file.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        content = hashlib.sha256(repr((sorted(digests), series)).encode()).hexdigest()
+        return cls(path, series, tuple(files), content)
+
+    def known(self, session: Session) -> Study | None:
+        return session.scalar(select(Study).where(Study.content == self.content))
+
+
+def keep(
+    service: Service,
+    came: Came,
+    identity: Identity,
+    *,
+    source: str,
+    name: str = "",
+    notes: Sequence[str] = (),
+) -> Study:
+    """Copy what came into the storage; the study that `enter` makes of it."""
     study_id = new_id()
-    file = f"source{_suffix(files)}"
-    _store(service, path, files, key(study_id, file))
-    study = Study(
+    file = f"source{_suffix(came.files)}"
+    _store(service, came.path, came.files, key(study_id, file))
+    return Study(
         id=study_id,
-        content=content,
+        content=came.content,
         created_by=identity.name,
         source=source,
         file=file,
-        description=_clean(name or path.name),
+        description=_clean(name or came.path.name),
         warnings=list(notes),
     )
-    try:
-        with service.database.session() as session:
-            session.add(study)
-            session.flush()
-            work.submit(session, service.settings, "prepare", study_id, identity, series=series)
-            record(session, identity, "study.receive", f"study/{study_id}", source=source)
-    except IntegrityError:  # somebody else has just sent the same
-        service.storage.delete(key(study_id))
-        with service.database.session() as session:
-            return session.scalars(select(Study).where(Study.content == content)).one(), False
-    except BaseException:
-        service.storage.delete(key(study_id))
-        raise
-    return study, True
 
 
-def _again(
-    service: Service, session: Session, study: Study, identity: Identity, series: str | None
+def enter(
+    session: Session,
+    came: Came,
+    study: Study | None,
+    identity: Identity,
+    *,
+    limits: Settings | None = None,
+    **noted: Any,
 ) -> Study:
-    active = work.active(session, study.id, "prepare")
-    if study.state != "ready" and active is None:
-        study.state, study.reason = "received", ""
-        work.submit(session, service.settings, "prepare", study.id, identity, series=series)
+    """Put a study into the database, and the job that prepares it into the queue.
+
+    What was there before is the same study; one whose preparation failed is tried again.
+
+    Args:
+        study: that was kept; None where the same was known.
+        limits: of jobs waiting; None where there was room for it already.
+        noted: in the audit log.
+    """
+
+    def prepare(found: Study) -> None:
+        if limits is not None:
+            work.check_room(session, limits, identity.name)
+        work.enqueue(session, "prepare", found.id, identity.name, series=came.series)
+
+    known = came.known(session)
+    if known is not None:
+        if known.state != "ready" and work.active(session, known.id, "prepare") is None:
+            known.state, known.reason = "received", ""
+            prepare(known)
+        return known
+    if study is None:
+        raise Conflict("The study was thrown away meanwhile; send it again.")
+    session.add(study)
+    session.flush()
+    prepare(study)
+    record(session, identity, "study.receive", f"study/{study.id}", source=study.source, **noted)
     return study
-
-
-def _content(files: Sequence[Path], series: str | None) -> str:
-    """The same for the same files, whatever their names and order."""
-    digests = []
-    for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashlib.sha256(repr((sorted(digests), series)).encode()).hexdigest()
 
 
 def _suffix(files: Sequence[Path]) -> str:

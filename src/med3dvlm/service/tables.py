@@ -3,6 +3,7 @@
     studies ─┬─ questions ── jobs ── job_events      what was asked, who works on it, what came
              ├─ report_versions                      drafts by the model, edits by people
              ├─ signatures                           one a study: nothing is signed twice
+             ├─ report_documents                     Structured Reports that have left
              └─ addenda                              what was added after
     results                                          by content: the same question is computed once
     workers                                          who is alive, with which model
@@ -72,10 +73,12 @@ class Job(Base):
 
     Attributes:
         number: the order of the queue.
+        study_id: what it is about; None for a fetch from the PACS until the study is here.
         owner: who asked; `user_limit` counts by it.
         request: what is to be done, by kind.
         attempts: how often it was begun.
         lease: until when its worker has it.
+        progress: how far a fetch is.
     """
 
     __tablename__ = "jobs"
@@ -84,7 +87,7 @@ class Job(Base):
     number: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(Id, unique=True, default=new_id)
     kind: Mapped[str] = mapped_column(String(20))
-    study_id: Mapped[str] = mapped_column(ForeignKey(STUDY, ondelete="CASCADE"), index=True)
+    study_id: Mapped[str | None] = mapped_column(ForeignKey(STUDY, ondelete="CASCADE"), index=True)
     owner: Mapped[str] = mapped_column(Name)
     state: Mapped[str] = mapped_column(String(20), default="queued")
     created: Mapped[datetime] = mapped_column(default=utc_now)
@@ -97,6 +100,7 @@ class Job(Base):
     error: Mapped[str] = mapped_column(Text, default="")
     request: Mapped[dict[str, Any]] = mapped_column(default=dict)
     result: Mapped[dict[str, Any] | None]
+    progress: Mapped[dict[str, Any] | None]
 
 
 class JobEvent(Base):
@@ -182,6 +186,28 @@ class Addendum(Base):
     authenticated: Mapped[bool]
     created: Mapped[datetime] = mapped_column(default=utc_now)
     text: Mapped[str] = mapped_column(Text)
+
+
+class ReportDocument(Base):
+    """A Structured Report of a signed report that has left: later ones name it as predecessor.
+
+    Attributes:
+        format: "sr" or "basic-text-sr".
+        addenda: how many addenda it has.
+    """
+
+    __tablename__ = "report_documents"
+    __table_args__ = (UniqueConstraint("study_id", "sop_instance_uid", name="left_once"),)
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    study_id: Mapped[str] = mapped_column(ForeignKey(STUDY, ondelete="CASCADE"))
+    created: Mapped[datetime] = mapped_column(default=utc_now)
+    format: Mapped[str] = mapped_column(String(20))
+    addenda: Mapped[int]
+    study_uid: Mapped[str] = mapped_column(String(64))
+    series_uid: Mapped[str] = mapped_column(String(64))
+    sop_class_uid: Mapped[str] = mapped_column(String(64))
+    sop_instance_uid: Mapped[str] = mapped_column(String(64))
 
 
 class Result(Base):

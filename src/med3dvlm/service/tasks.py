@@ -25,10 +25,10 @@ from med3dvlm.models.decoding import content_of
 from med3dvlm.scan import Scan, save_nifti
 from med3dvlm.search.sheet import scan_strip
 from med3dvlm.search.study import Study as IndexedStudy
-from med3dvlm.service import metrics, questions, reviews, studies, work
+from med3dvlm.service import imports, metrics, questions, reviews, studies, work
 from med3dvlm.service.core import Service
 from med3dvlm.service.database import UNREACHABLE
-from med3dvlm.service.studies import THUMBNAIL, VOLUME, Conflict, key
+from med3dvlm.service.studies import THUMBNAIL, VOLUME, Conflict, evidence_key, key
 from med3dvlm.service.tables import Job, Question, Result, Study
 from med3dvlm.service.work import Cancelled, Outcome, Worker
 
@@ -343,10 +343,6 @@ def evidence(worker: Worker, jobs: Sequence[Job]) -> list[Outcome]:
     return [Outcome(lambda session, job: result)]
 
 
-def evidence_key(study_id: str, job_id: str) -> str:
-    return key(study_id, f"evidence/{job_id}.nii.gz")
-
-
 def _target(service: Service, job: Job) -> tuple[Any, Target]:
     """What is explained, and by which model."""
     from med3dvlm.evidence import answer_target, query_target, text_target
@@ -464,4 +460,5 @@ TASKS: dict[str, Callable[[Worker, Sequence[Job]], Sequence[Outcome | BaseExcept
     "ask": ask,
     "report": report,
     "evidence": evidence,
+    work.FETCH: imports.fetch,
 }

@@ -7,6 +7,9 @@
 A worker holds a job by a lease that it renews. What it finishes is written together with what came
 of it, in one transaction, and only if it still holds the job: a job that was taken up again by
 another has one result. After `attempts` beginnings a job is failed.
+
+Fetches from the PACS are done beside all else, by threads of their own: they need no model, and a
+slow PACS must not keep those waiting who ask something.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -36,6 +39,8 @@ from med3dvlm.service.tables import ACTIVE, Job, JobEvent, Study, WorkerSeen
 POLL_S = 0.2  # between looks at an empty queue
 TEND_S = 60  # between looks at what has grown old
 BATCHED = ("ask", "report")  # kinds that are worked on several at a time
+FETCH = "fetch"  # from the PACS
+FETCHERS = 2  # threads of a worker for it
 FULL_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 log = logging.getLogger("med3dvlm.work")
@@ -60,9 +65,12 @@ class Outcome:
     Attributes:
         apply: writes what follows, in the transaction that ends the job; gives its result, as
             the API shows it.
+        stored: id of a study whose files it has put into the storage; they are thrown away where
+            no study came of it.
     """
 
     apply: Callable[[Session, Job], dict[str, Any]] = field(default=lambda session, job: {})
+    stored: str = ""
 
 
 # --- the queue --------------------------------------------------------------------------------
@@ -82,7 +90,7 @@ def submit(
     session: Session,
     settings: Settings,
     kind: str,
-    study_id: str,
+    study_id: str | None,
     identity: Identity,
     **request: Any,
 ) -> Job:
@@ -95,7 +103,7 @@ def submit(
     return enqueue(session, kind, study_id, identity.name, **request)
 
 
-def enqueue(session: Session, kind: str, study_id: str, owner: str, **request: Any) -> Job:
+def enqueue(session: Session, kind: str, study_id: str | None, owner: str, **request: Any) -> Job:
     """The same for what the service asks of itself: no limit holds it up."""
     job = Job(kind=kind, study_id=study_id, owner=owner, request=request)
     session.add(job)
@@ -123,7 +131,7 @@ def describe(session: Session, job: Job) -> dict[str, Any]:
     """A job as the API gives it; `position` is 1 for the next to be taken."""
     position = None
     if job.state == "queued":
-        ahead = select(func.count()).select_from(Job)
+        ahead = select(func.count()).select_from(Job).where(_lane(job.kind == FETCH))
         position = session.scalar(ahead.where(Job.state == "queued", Job.number <= job.number))
     return {
         "id": job.id,
@@ -132,11 +140,13 @@ def describe(session: Session, job: Job) -> dict[str, Any]:
         "state": job.state,
         "position": position,
         "created": job.created,
+        "created_by": job.owner,
         "started": job.started,
         "ended": job.ended,
         "attempts": job.attempts,
         "error": job.error or None,
         "result": job.result,
+        "progress": job.progress,
     }
 
 
@@ -161,6 +171,8 @@ def end(session: Session, job: Job, state: str, *, error: str = "", result: Any 
 def _undo(session: Session, job: Job, error: str) -> None:
     from med3dvlm.service.reviews import state_of
 
+    if job.study_id is None:
+        return
     study = session.scalars(select(Study).where(Study.id == job.study_id)).one()
     if job.kind == "prepare" and study.state == "received":
         study.state, study.reason = "refused", error or "Its preparation was cancelled."
@@ -184,11 +196,15 @@ def add_events(session: Session, events: Sequence[JobEvent]) -> None:
     session.flush()
 
 
-def claim(session: Session, settings: Settings, worker: str) -> list[Job]:
-    """The next job, and others of its kind that can be worked on beside it; none if none waits."""
+def claim(session: Session, settings: Settings, worker: str, *, fetches: bool = False) -> list[Job]:
+    """The next job, and others of its kind that can be worked on beside it; none if none waits.
+
+    Args:
+        fetches: from the PACS, and nothing else; else everything but those.
+    """
     while True:
         queue = select(Job).order_by(Job.number).with_for_update(skip_locked=True)
-        first = session.scalar(queue.where(_free()).limit(1))
+        first = session.scalar(queue.where(_lane(fetches), _free()).limit(1))
         if first is None:
             return []
         if first.cancel:
@@ -219,6 +235,10 @@ def claim(session: Session, settings: Settings, worker: str) -> list[Job]:
     return jobs
 
 
+def _lane(fetches: bool) -> ColumnElement[bool]:
+    return Job.kind == FETCH if fetches else Job.kind != FETCH
+
+
 def _free() -> ColumnElement[bool]:
     """Jobs that wait, and those whose worker has died."""
     return or_(Job.state == "queued", and_(Job.state == "running", Job.lease < utc_now()))
@@ -230,13 +250,22 @@ def _free() -> ColumnElement[bool]:
 class Worker:
     """Takes jobs until it is stopped: `run()` in a process of its own, `start()` as a thread.
 
+    Args:
+        fetches: take fetches from the PACS, and nothing else; it then needs no model.
+
     Attributes:
         name: host, process and a random part.
         given_up: jobs that it holds and is not to finish: cancelled, or taken by another.
+        fetchers: workers beside it for what comes from the PACS, where there is one.
     """
 
-    def __init__(self, service: Service):
-        self.service = service
+    def __init__(self, service: Service, *, fetches: bool = False):
+        from med3dvlm.service.tasks import TASKS  # here: two threads must not import it at once
+
+        self.service, self.fetches, self.tasks = service, fetches, TASKS
+        beside = FETCHERS if service.settings.pacs_url and not fetches else 0
+        self.fetchers = [Worker(service, fetches=True) for _ in range(beside)]
+        self._interrupt: Callable[[], None] = lambda: None
         self.name = f"{socket.gethostname()[:60]}:{os.getpid()}:{new_id()[:8]}"
         self.stopping = threading.Event()
         self.awake = threading.Event()
@@ -252,15 +281,22 @@ class Worker:
 
     def stop(self, timeout_s: float = 20) -> None:
         """Give back what is not finished, and end."""
-        self.stopping.set()
-        self.awake.set()
-        for thread in self.threads:
-            thread.join(timeout_s)
+        everybody = [self, *self.fetchers]
+        for worker in everybody:
+            worker.stopping.set()
+            worker.awake.set()
+            worker._interrupt()
+        until = time.monotonic() + timeout_s
+        for thread in [thread for worker in everybody for thread in worker.threads]:
+            thread.join(max(0.1, until - time.monotonic()))
 
     def run(self) -> None:
         """Load the model, then work until `stopping` is set."""
-        facts = self.service.models.facts
-        log.info("worker %s is ready with model %s", self.name, facts["model"])
+        for fetcher in self.fetchers:
+            fetcher.start()
+        if not self.fetches:
+            facts = self.service.models.facts
+            log.info("worker %s is ready with model %s", self.name, facts["model"])
         beat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.threads.append(beat)
         beat.start()
@@ -294,21 +330,19 @@ class Worker:
 
     def _claim(self) -> list[Job]:
         with self.service.database.reading() as session:  # which keeps no writer waiting
-            if session.scalar(select(Job.id).where(_free()).limit(1)) is None:
+            if session.scalar(select(Job.id).where(_lane(self.fetches), _free()).limit(1)) is None:
                 return []
         with self.service.database.session() as session:
-            jobs = claim(session, self.service.settings, self.name)
+            jobs = claim(session, self.service.settings, self.name, fetches=self.fetches)
         self.given_up = set()
         self.held = {job.id: job.attempts for job in jobs}  # the heartbeat looks from now on
         return jobs
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Do jobs of one kind, and write what came of each."""
-        from med3dvlm.service.tasks import TASKS
-
         began = time.monotonic()
         try:
-            outcomes: Sequence[Outcome | BaseException] = TASKS[jobs[0].kind](self, jobs)
+            outcomes: Sequence[Outcome | BaseException] = self.tasks[jobs[0].kind](self, jobs)
         except Exception as error:
             if len(jobs) > 1 and not isinstance(error, Cancelled):
                 for job in jobs:  # one of them is at fault, the others are not to suffer
@@ -324,6 +358,24 @@ class Worker:
         if self.stopping.is_set() or job.id in self.given_up:
             raise Cancelled
 
+    @contextmanager
+    def interrupting(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """For what waits for others in this block: `interrupt`, called from another thread once
+        the job is given up or the worker stops, must end the wait."""
+        self._interrupt = interrupt
+        try:
+            yield
+        finally:
+            self._interrupt = lambda: None
+
+    def note_progress(self, job: Job, progress: dict[str, Any]) -> None:
+        """Write how far a job is, for those who follow it."""
+        with self.service.database.session() as session:
+            held = self._held(session, job)
+            if held is not None:
+                held.progress = progress
+                add_events(session, [JobEvent(job_id=job.id, kind="progress", data=progress)])
+
     def tell(self, texts: Sequence[tuple[str, str]]) -> None:
         """Write (job, new text) pairs for those who read along."""
         events = [JobEvent(job_id=job, kind="token", data={"text": text}) for job, text in texts]
@@ -332,6 +384,7 @@ class Worker:
 
     def _finish(self, job: Job, outcome: Outcome | BaseException) -> None:
         """Write the end of a job, however long the database is away."""
+        stored = outcome.stored if isinstance(outcome, Outcome) else ""
         while True:
             try:
                 with self.service.database.session() as session:
@@ -348,8 +401,10 @@ class Worker:
                     raise
                 outcome = error  # what it made cannot be written: that is its end
         self.held.pop(job.id, None)
-        if held is None:
-            self._sweep(job)
+        if stored:
+            self._sweep(stored)
+        elif held is None and job.study_id is not None:
+            self._sweep(job.study_id)
 
     def _held(self, session: Session, job: Job) -> Job | None:
         mine = select(Job).where(
@@ -379,14 +434,14 @@ class Worker:
                 reason = f"The work failed ({type(outcome).__name__}); the server's log says more."
                 end(session, job, "failed", error=reason)
 
-    def _sweep(self, job: Job) -> None:
-        """What a job has left of a study that was thrown away while it ran."""
+    def _sweep(self, study_id: str) -> None:
+        """What is left of a study that was thrown away while the job ran, or never came to be."""
         from med3dvlm.service.studies import clear
 
         with self.service.database.reading() as session:
-            there = session.scalar(select(Study.id).where(Study.id == job.study_id))
+            there = session.scalar(select(Study.id).where(Study.id == study_id))
         if there is None:
-            clear(self.service, job.study_id)
+            clear(self.service, study_id)
 
     # --- the heartbeat ------------------------------------------------------------------------
 
@@ -398,6 +453,8 @@ class Worker:
             try:
                 if self.held:
                     self._renew()
+                if self.fetches:
+                    continue
                 if now - seen > lease_s / 4:
                     self._appear()
                     seen = now
@@ -408,8 +465,9 @@ class Worker:
                 continue  # said by the one who works
             except Exception:  # without it, all that the worker holds would be taken from it
                 log.exception("the heartbeat stumbled")
-        with suppress(*UNREACHABLE), self.service.database.session() as session:
-            session.execute(delete(WorkerSeen).where(WorkerSeen.name == self.name))
+        if not self.fetches:
+            with suppress(*UNREACHABLE), self.service.database.session() as session:
+                session.execute(delete(WorkerSeen).where(WorkerSeen.name == self.name))
 
     def _renew(self) -> None:
         """Hold what is held for longer; notice what was cancelled or is held no more."""
@@ -421,6 +479,8 @@ class Worker:
             rows = session.execute(select(Job.id, Job.attempts, Job.cancel).where(mine))
             keep = {id for id, attempts, cancel in rows if attempts == held[id] and not cancel}
         self.given_up |= set(held) - keep
+        if self.given_up & self.held.keys():
+            self._interrupt()
 
     def _appear(self) -> None:
         with self.service.database.session() as session:
@@ -433,6 +493,9 @@ class Worker:
         with self.service.database.session() as session:
             old = utc_now() - timedelta(hours=settings.events_kept_h)
             session.execute(delete(JobEvent).where(JobEvent.created < old))
+            # a fetch that brought nothing names a patient, and belongs to no study
+            nothing = and_(Job.kind == FETCH, Job.study_id.is_(None), Job.ended < old)
+            session.execute(delete(Job).where(nothing))
             gone = utc_now() - timedelta(days=1)
             session.execute(delete(WorkerSeen).where(WorkerSeen.seen < gone))
         self.service.storage.tend()

@@ -50,6 +50,7 @@ MEANT: dict[str, set[str]] = {
     "GET /api/pacs/studies": {V, S},
     "GET /api/pacs/studies/{study_uid}/series": {V, S},
     "POST /api/pacs/import": {V, S},
+    "GET /api/pacs/imports": {V, S},
     "GET /metrics": ALL,
     "PUT /api/session/password": ALL | {PERSON},
     "GET /api/users": {A, PERSON},

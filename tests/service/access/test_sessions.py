@@ -173,16 +173,36 @@ def test_signing_out_everywhere(place, ann):
 
 
 def test_one_changes_ones_own_password(place, ann):
-    client = place.signed_in(ann)
+    client, elsewhere = place.client(), place.signed_in(ann)
+    client.headers["X-CSRF-Token"] = sign_in(client, ann).json()["csrf"]
+    stolen = dict(client.cookies)
 
     def change(**body):
         return client.put("/api/session/password", json=body)
 
-    assert change(old="wrong", new="castle-violin-88-mango").status_code == 422
+    assert client.get("/api/session").json()["own_password"] is True
+    wrong = change(old="wrong", new="castle-violin-88-mango")
+    assert wrong.status_code == 422 and "current password is wrong" in wrong.json()["detail"]
     assert change(old=PASSWORD, new="short").status_code == 422
-    assert change(old=PASSWORD, new="castle-violin-88-mango").status_code == 204
-    assert client.get("/api/session").json()["user"] is None
+    assert elsewhere.get("/api/session").json()["user"] == ann
+    csrf = client.headers.pop("X-CSRF-Token")
+    assert change(old=PASSWORD, new="castle-violin-88-mango").status_code == 403
+    client.headers["X-CSRF-Token"] = csrf
+    changed = change(old=PASSWORD, new="castle-violin-88-mango")
+    assert changed.status_code == 200, changed.text
+    # one goes on where one is, with another token; all other sessions have ended
+    assert dict(client.cookies) != stolen and changed.json()["csrf"] != csrf
+    assert client.get("/api/session").json()["user"] == ann
+    assert elsewhere.get("/api/session").json()["user"] is None
+    before = place.client()
+    before.cookies.update(stolen)
+    assert before.get("/api/session").json()["user"] is None
+    assert sign_in(place.client(), ann).status_code == 401
     assert sign_in(place.client(), ann, "castle-violin-88-mango").status_code == 200
+    with place.database.reading() as session:
+        about = select(AuditRow.action).where(AuditRow.object == f"user/{ann}")
+        noted = list(session.scalars(about))
+    assert noted.count("user.password") == noted.count("user.password.refuse") == 1
 
 
 def test_a_weaker_hash_is_renewed_at_sign_in(place, ann):

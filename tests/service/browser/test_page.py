@@ -137,6 +137,38 @@ def test_a_model_without_calibration_says_so(browser, phantom_files, tmp_path):
             expect(page.locator(".sentence .confidence")).to_have_count(0)
 
 
+def test_one_changes_ones_own_password(browser, tmp_path):
+    with serving(tmp_path) as site, watched(browser, site) as page:
+        sign_in(page, site)
+        elsewhere = site.client()
+        page.get_by_role("button", name=site.shown).click()
+        page.get_by_role("button", name="Change password").click()
+        dialog = page.get_by_role("dialog", name="Change your password")
+        _no_serious_fault(page)
+        fresh = "umbrella-gravel-41-tango"
+        for old, again, said in (
+            ("wrong", fresh, "current password is wrong"),
+            (site.password, "another-one", "not the same"),
+            (site.password, fresh, ""),
+        ):
+            dialog.get_by_label("Current password").fill(old)
+            dialog.get_by_label("New password", exact=True).fill(fresh)
+            dialog.get_by_label("New password, once more").fill(again)
+            dialog.get_by_role("button", name="Change").click()
+            if said:
+                expect(dialog.get_by_role("alert")).to_contain_text(said)
+        expect(dialog).to_be_hidden()
+        assert elsewhere.get("/api/session").json()["user"] is None
+        assert elsewhere.get("/api/studies").status_code == 401
+        page.reload()  # this browser goes on
+        page.get_by_role("heading", name="Worklist").wait_for()
+        page.get_by_role("button", name=site.shown).click()
+        page.get_by_role("button", name="Sign out everywhere").click()
+        page.get_by_label("Password").wait_for()
+        replaced = replace(site, password=fresh)
+        sign_in(page, replaced)
+
+
 def test_the_notice_is_always_there(signed_in: Page):
     expect(signed_in.locator(".notice")).to_contain_text("only ever seen generated phantoms")
 

@@ -72,12 +72,16 @@ class NewKey(Strict):
 
 
 class SessionInfo(BaseModel):
-    """Who asks. Without a session, `user` is null and the page must sign in."""
+    """Who asks. Without a session, `user` is null and the page must sign in.
+
+    `own_password`: whether the account has a password here, which its owner can change.
+    """
 
     user: str | None
     display_name: str | None
     role: str | None
     permissions: list[str]
+    own_password: bool
     csrf: str
     mode: str
     oidc: bool
@@ -183,27 +187,43 @@ def sign_out(request: Request, everywhere: bool = False) -> Response:
     return response
 
 
-@router.put("/session/password", tags=["session"], status_code=204)
-def change_own_password(request: Request, body: OwnPasswordChange, identity: OwnPassword) -> None:
-    """Change one's own password; every session of the account ends, this one too."""
+@router.put("/session/password", tags=["session"], response_model=SessionInfo)
+def change_own_password(
+    request: Request, body: OwnPasswordChange, identity: OwnPassword
+) -> Response:
+    """Change one's own password; every session of the account ends, and this one begins anew."""
     _count_sign_in(request)
-    database = _database(request)
+    database, settings = _database(request), _settings(request)
     with database.reading() as session:
         user = session.get(User, identity.name)
     if user is None or identity.kind != "user":
         raise HTTPException(409, "There are no accounts here, so there is no password.")
     if user.password is not None and not matches(user.password, body.old):
-        raise HTTPException(422, "The old password is wrong.")
-    _change_user(request, identity, identity.name, password=body.new)
+        with database.session() as session:
+            audit.record(session, identity, "user.password.refuse", f"user/{user.name}")
+        raise HTTPException(422, "The current password is wrong.")
+    _change_user(request, identity, user.name, password=body.new)
+    with database.session() as session:
+        user = session.get_one(User, user.name)
+        found = sessions.start(session, user, settings, address=address_of(request))
+    response = JSONResponse(_session_info(request, found.identity, found.csrf).model_dump())
+    _set_cookie(request, response, found)
+    return response
 
 
 def _session_info(request: Request, identity: Identity | None, csrf: str) -> SessionInfo:
     is_open = request.state.open
+    own_password = False
+    if identity is not None and identity.kind == "user":
+        with _database(request).reading() as session:
+            user = session.get(User, identity.name)
+            own_password = user is not None and user.password is not None
     return SessionInfo(
         user=identity.name if identity else None,
         display_name=identity.display_name if identity else None,
         role=identity.role if identity else None,
         permissions=permissions_of(identity.role, identity.kind) if identity else [],
+        own_password=own_password,
         csrf=csrf,
         mode="open" if is_open else "accounts",
         oidc=request.app.state.oidc is not None,
@@ -216,6 +236,10 @@ def _give_session(request: Request, response: Response, found: sessions.Found) -
     before: sessions.Found | None = request.state.found
     if before is not None:
         sessions.end(_database(request), before)
+    _set_cookie(request, response, found)
+
+
+def _set_cookie(request: Request, response: Response, found: sessions.Found) -> None:
     response.set_cookie(
         cookie_name(request),
         found.token,

@@ -19,8 +19,7 @@ from med3dvlm.service.api.common import (
 )
 from med3dvlm.service.api.schemas import EvidenceIn, JobStarted
 from med3dvlm.service.audit import record
-from med3dvlm.service.studies import NotThere, Unusable
-from med3dvlm.service.tasks import evidence_key
+from med3dvlm.service.studies import NotThere, Unusable, evidence_key
 
 router = APIRouter(tags=["evidence"])
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Response
 from pydantic import BaseModel, StringConstraints
 
-from med3dvlm.service import hospital, studies
+from med3dvlm.service import hospital, imports, work
 from med3dvlm.service.access import Identity, require
-from med3dvlm.service.api.common import Core, JobId, Problem, QueryText, StudyId, nudge
-from med3dvlm.service.api.schemas import StudyOut
+from med3dvlm.service.api.common import Core, JobId, Problem, QueryText, StudyId
+from med3dvlm.service.api.schemas import JobsOut, JobStarted
 from med3dvlm.service.audit import record
 from med3dvlm.service.core import Service
 
@@ -97,6 +97,7 @@ class PacsStudies(BaseModel):
 
 class PacsSeries(BaseModel):
     series_uid: str
+    has_images: bool
     number: int | None
     modality: str
     description: str
@@ -154,7 +155,8 @@ def export_evidence(
 @router.post("/api/studies/{study_id}/send", response_model=SentOut, responses=BAD_GATEWAY)
 def send(study_id: StudyId, what: SendIn, identity: MaySend, core: Core) -> dict[str, Any]:
     """Store a signed report, and maps with it, in the PACS; the same again is stored once."""
-    objects = [hospital.report_object(core, study_id, what.format)]
+    report, signed = hospital.report_object(core, study_id, what.format)
+    objects = [report]
     for job_id in dict.fromkeys(what.evidence):
         objects.append(hospital.evidence_object(core, study_id, job_id, what.evidence_format))
     uids = [str(one.SOPInstanceUID) for one in objects]
@@ -164,6 +166,7 @@ def send(study_id: StudyId, what: SendIn, identity: MaySend, core: Core) -> dict
         details = {"format": what.format, "pacs": address, "objects": uids}
         _note(core, identity, "report.send", study_id, **details)
         sent = pacs.send(objects)
+    hospital.note_left(core, signed, what.format, report)
     return {"sent": sent, "format": what.format, "pacs": address, "sop_instance_uids": uids}
 
 
@@ -209,22 +212,22 @@ def series(study_uid: Uid, identity: MayQuery, core: Core) -> dict[str, Any]:
         return {"series": [hospital.describe_series(one) for one in pacs.series(study_uid)]}
 
 
-@router.post(
-    "/api/pacs/import",
-    status_code=202,
-    response_model=StudyOut,
-    responses={200: {"model": StudyOut, "description": "It is here already."}, **BAD_GATEWAY},
-)
-def fetch(
-    what: ImportIn, request: Request, response: Response, identity: MayImport, core: Core
-) -> dict[str, Any]:
-    """Take a series in from the PACS; the answer comes when it is here."""
-    with _failures():
-        study, new = hospital.fetch(core, identity, what.study_uid, what.series_uid)
-    response.status_code = 202 if new else 200
-    _note(core, identity, "pacs.import", study.id, new=new)
-    nudge(request)
-    return studies.describe(core, study)
+@router.post("/api/pacs/import", status_code=202, response_model=JobStarted)
+def fetch(what: ImportIn, identity: MayImport, core: Core) -> dict[str, Any]:
+    """Fetch a series from the PACS; where it is being fetched already, that is the answer.
+
+    The job's result names the study, which may be one that is here already (`new`).
+    """
+    with core.database.session() as session:
+        job = imports.ask_for(session, core.settings, identity, what.study_uid, what.series_uid)
+        return {"job": work.describe(session, job)}
+
+
+@router.get("/api/pacs/imports", response_model=JobsOut)
+def fetches(identity: MayImport, core: Core) -> dict[str, Any]:
+    """What is being fetched, and what could not be in the last hour; the newest first."""
+    with core.database.reading() as session:
+        return {"jobs": [work.describe(session, job) for job in imports.listed(session)]}
 
 
 @contextmanager

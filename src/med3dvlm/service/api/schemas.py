@@ -51,19 +51,26 @@ class WorklistOut(BaseModel):
 
 
 class JobOut(BaseModel):
-    """A piece of work; `position` in the queue is 1 for the next."""
+    """A piece of work; `position` in the queue is 1 for the next.
+
+    `study` is null for a fetch from the PACS until the study is here. Its `progress` has
+    `received`, `of` (images; null where the PACS does not say), `bytes`, the UIDs that were asked
+    for, and, once the PACS has said it, whose study it is.
+    """
 
     id: str
     kind: str
-    study: str
+    study: str | None
     state: JobState
     position: int | None
     created: datetime
+    created_by: str
     started: datetime | None
     ended: datetime | None
     attempts: int
     error: str | None
     result: dict[str, Any] | None
+    progress: dict[str, Any] | None
 
 
 class JobsOut(BaseModel):

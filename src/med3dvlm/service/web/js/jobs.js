@@ -9,10 +9,11 @@ const WAITS_MS = [500, 1000, 2000, 4000, 8000];
 /**
  * Follow a job to its end and return it.
  *
- * ontoken(text) for each piece of text; onstate(job) when it moves in the queue or starts.
+ * ontoken(text) for each piece of text; onstate(job) when it moves in the queue or starts;
+ * onprogress(progress) as far as a fetch is.
  * Throws an `ApiError` where the job failed or was cancelled.
  */
-export async function follow(id, { ontoken, onstate, signal } = {}) {
+export async function follow(id, { ontoken, onstate, onprogress, signal } = {}) {
   let last = null;
   for (let failures = 0; ; ) {
     let heard = false;
@@ -22,6 +23,7 @@ export async function follow(id, { ontoken, onstate, signal } = {}) {
         last = event.id ?? last;
         if (event.name === "token") ontoken?.(event.data.text ?? event.data);
         else if (event.name === "state") onstate?.(event.data);
+        else if (event.name === "progress") onprogress?.(event.data);
         else if (ENDED.has(event.name)) return await outcome(id, signal);
       }
       // nothing more to hear, and no last word: its events are no longer kept

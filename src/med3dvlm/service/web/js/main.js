@@ -3,6 +3,8 @@
 import { connection, get, listen, send, useCsrf } from "./api.js";
 import { announce, fill, h, icon, iconButton } from "./dom.js";
 import { scope, showHelp } from "./keys.js";
+import { menu } from "./menu.js";
+import { passwordDialog } from "./password.js";
 import * as theme from "./theme.js";
 import { told, toast } from "./toast.js";
 import { searchView } from "./views/search.js";
@@ -79,10 +81,18 @@ function bar() {
     h("span", { class: "lost", id: "connection", role: "status", hidden: true }, icon("warning"), "No connection – trying again"),
     iconButton("keyboard", "Keyboard shortcuts", showHelp, { key: "?" }),
     themeButton(),
-    h("div", { class: "who" }, icon("user"),
-      h("span", {}, session.display_name || session.user),
-      session.mode !== "open" && h("span", { class: "role" }, session.role),
-      session.mode !== "open" && h("button", { type: "button", class: "quiet", onclick: told(signOut) }, "Sign out")));
+    h("div", { class: "who" }, whoButton(session),
+      session.mode !== "open" && h("button", { type: "button", class: "quiet", onclick: told(() => signOut()) }, "Sign out")));
+}
+
+/** Who is signed in; a menu where there is something to do about it. */
+function whoButton(session) {
+  const shown = [icon("user"), h("span", {}, session.display_name || session.user), session.mode !== "open" && h("span", { class: "role" }, session.role)];
+  if (session.mode === "open") return shown;
+  return menu(shown, [
+    ...(session.own_password ? [["Change password …", () => passwordDialog(session)]] : []),
+    ["Sign out everywhere", () => signOut({ everywhere: true })],
+  ], { below: true, props: { class: "quiet" } });
 }
 
 function themeButton() {
@@ -104,8 +114,8 @@ function switchTheme() {
   nameThemeButton();
 }
 
-async function signOut() {
-  await send("DELETE", "/api/session");
+async function signOut({ everywhere = false } = {}) {
+  await send("DELETE", `/api/session${everywhere ? "?everywhere=true" : ""}`);
   go("#/");
   await start();
 }

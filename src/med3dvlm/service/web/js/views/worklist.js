@@ -3,6 +3,7 @@
 import { get } from "../api.js";
 import { announce, fill, h, icon, kbd } from "../dom.js";
 import * as format from "../format.js";
+import { importsList } from "../imports.js";
 import { scope } from "../keys.js";
 import { complain } from "../toast.js";
 import { uploads } from "../uploads.js";
@@ -33,6 +34,7 @@ export function worklistView(main, query, { session, go, rename }) {
   const empty = h("div", { class: "empty", hidden: true });
   const more = h("button", { type: "button", hidden: true, onclick: () => load({ append: true }) }, "Show more");
   const adding = uploads(main, { onadded: () => load() });
+  const coming = importsList({ session, signal: leaving.signal, onarrived: () => load(), go });
 
   if (session.may("studies:upload")) adding.listen();
   if (session.may("pacs:import")) offerPacs().catch(complain);
@@ -42,13 +44,16 @@ export function worklistView(main, query, { session, go, rename }) {
       h("h1", {}, "Worklist"),
       h("label", { class: "field" }, icon("search"), search, kbd("/")),
       filters, count, session.may("studies:upload") && adding.buttons),
-    adding.progress,
+    adding.progress, coming.list,
     h("div", { class: "table-frame" }, table, empty, more),
     adding.target);
 
   async function offerPacs() {
     const { configured } = await get("/api/pacs", { signal: leaving.signal });
-    if (configured) adding.buttons.prepend(h("button", { type: "button", onclick: () => pacsDialog({ onadded: load }) }, "From the PACS"));
+    if (!configured) return;
+    const onadded = () => (load(), coming.refresh());
+    adding.buttons.prepend(h("button", { type: "button", onclick: () => pacsDialog({ onadded, go }) }, "From the PACS"));
+    await coming.refresh();
   }
 
   // --- loading -----------------------------------------------------------------------------
@@ -57,7 +62,7 @@ export function worklistView(main, query, { session, go, rename }) {
     clearTimeout(timer);
     const asked = new URLSearchParams({ limit: String(append ? PAGE : Math.max(PAGE, list.studies.length)) });
     if (list.text) asked.set("text", list.text);
-    if (list.report) asked.set("state", list.report);
+    if (list.report) asked.set("report", list.report);
     if (append && list.next) asked.set("cursor", list.next);
     try {
       const found = await get(`/api/studies?${asked}`, { signal: leaving.signal });
@@ -175,6 +180,7 @@ export function worklistView(main, query, { session, go, rename }) {
   return () => {
     clearTimeout(timer);
     leaving.abort();
+    coming.leave();
     adding.leave();
     free();
   };
