@@ -77,9 +77,10 @@ def test_only_the_wanted_streams_are_given(last):
     model = encoder("nano")
     volumes = torch.rand(1, 1, 20, 33, 17)
     wanted = model(volumes)[-last:]
-    for given in (model(volumes, last=last), model.optimize_for_inference()(volumes, last=last)):
-        assert len(given) == last
-        assert closeness(wanted, given)["error"] < 1e-5
+    for form in (model, model.optimize_for_inference()):
+        streams = form(volumes, last=last)
+        assert len(streams) == last
+        assert closeness(wanted, streams)["error"] < 1e-5
 
 
 @torch.no_grad()
