@@ -1,8 +1,10 @@
 """Search while another process adds: `python benchmarks/search_while_adding.py [SECONDS]`.
 
 One process writes made-up studies (512-d), 20 a save, and tends the index every 50 saves; this one
-searches without a pause. Every study is looked for by its own embedding and by its word as soon as
-the writer says that it is saved. Printed: searches, failures, studies not found, latencies.
+searches without a pause. Every seventh study, and one drawn from all,
+is looked for by its own embedding and by its word as soon as
+the writer says that it is saved (the word's embedding means nothing here, so that its nearest study
+may stand beside the one that has the word). Printed: searches, failures, studies not found, latencies.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Words:
         raise NotImplementedError
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
-        return np.stack([drawn(sum(map(ord, text))) for text in texts])
+        return np.stack([drawn(2**32 + sum(map(ord, text))) for text in texts])  # no study's
 
 
 def drawn(seed: int) -> np.ndarray:
@@ -73,7 +75,8 @@ def main() -> int:
         assert writer.stdout is not None
         last = int(writer.stdout.readline())
         index = SearchIndex.open(folder, model=Words())
-        random, taken, failed, lost, checked = np.random.default_rng(0), [], 0, 0, 0
+        random, taken, failed, checked = np.random.default_rng(0), [], 0, 0
+        lost = {"embedding": 0, "word": 0}
         for line in writer.stdout:
             saved, before = int(line), last
             last = saved
@@ -81,21 +84,23 @@ def main() -> int:
                 start = time.perf_counter()
                 try:
                     near = index.search(vector=drawn(number), top=1)[0].id
-                    named = index.search(word(number), top=1)[0].id
+                    named = [hit.id for hit in index.search(word(number), top=2)]
                 except Exception as error:
                     failed += 1
                     print(f"failed: {error}")
                     continue
                 taken.append((time.perf_counter() - start) / 2)
                 checked += 1
-                lost += near != str(number) or named != str(number)
+                lost["embedding"] += near != str(number)
+                lost["word"] += str(number) not in named
         writer.wait()
         p50, p99 = np.percentile(np.array(taken) * 1000, [50, 99])
         print(f"{seconds:.0f} s: {last} studies added, {2 * checked} searches, {failed} failed,")
-        print(f"{lost} studies not found; a search takes {p50:.0f} ms (p50), {p99:.0f} ms (p99)")
-        problems = index.verify()
-        print(f"verify: {len(index)} studies, {len(problems)} problems")
-    return int(bool(failed or lost or problems or len(index) != last))
+        by = " and ".join(f"{count} by their {way}" for way, count in lost.items())
+        print(f"not found at once: {by}; a search takes {p50:.0f} ms (p50), {p99:.0f} ms (p99)")
+        problems, held = index.verify(), len(index)
+        print(f"verify: {held} studies, {len(problems)} problems")
+    return int(bool(failed or any(lost.values()) or problems or held != last))
 
 
 if __name__ == "__main__":
