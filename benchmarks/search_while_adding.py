@@ -3,8 +3,8 @@
 One process writes made-up studies (512-d), 20 a save, and tends the index every 50 saves; this one
 searches without a pause. Every seventh study, and one drawn from all,
 is looked for by its own embedding and by its word as soon as
-the writer says that it is saved (the word's embedding means nothing here, so that its nearest study
-may stand beside the one that has the word). Printed: searches, failures, studies not found, latencies.
+the writer says that it is saved (the word's embedding means nothing here, so that the nearest scan and
+the nearest report may stand before the one that has the word). Printed: searches, failures, studies not found, latencies.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> int:
                 start = time.perf_counter()
                 try:
                     near = index.search(vector=drawn(number), top=1)[0].id
-                    named = [hit.id for hit in index.search(word(number), top=2)]
+                    named = [hit.id for hit in index.search(word(number), top=3)]
                 except Exception as error:
                     failed += 1
                     print(f"failed: {error}")

@@ -6,7 +6,9 @@ ends the job. What a worker that died left behind is thrown away by the one that
 
 from __future__ import annotations
 
+import math
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -111,9 +113,9 @@ def _get(worker: Worker, job: Job, place: Path) -> str:
         with (
             hospital.connect(worker.service.settings, attempts=ATTEMPTS) as pacs,
             worker.interrupting(pacs.abort),
+            Progress(worker, job) as progress,
         ):
             worker.check(job)
-            progress = Progress(worker, job)
             progress.about(pacs, study_uid)
             chosen = _chosen(pacs.series(study_uid), job.request.get("series_uid"))
             progress.begin(chosen.images)
@@ -159,10 +161,13 @@ def _place(service: Service, job: Job) -> Path:
 
 
 class Progress:
-    """Tells now and then how many images are here."""
+    """Tells now and then how many images are here, and the last of them if no more come."""
 
     def __init__(self, worker: Worker, job: Job):
         self.worker, self.job = worker, job
+        self.lock = threading.Lock()
+        self.later: threading.Timer | None = None
+        self.latest = 0, 0  # images, bytes
         self.facts: dict[str, Any] = {
             name: job.request.get(name) for name in ("study_uid", "series_uid")
         }
@@ -176,15 +181,38 @@ class Progress:
                 names = ("patient_name", "patient_id", "study_date", "description")
                 self.facts |= {name: said[name] for name in names}
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.due = math.inf  # nothing is told any more
+            if self.later is not None:
+                self.later.cancel()
+
     def begin(self, of: int | None) -> None:
         self.facts["of"] = of
-        self._tell(0, 0)
+        self(0, 0)
 
     def __call__(self, received: int, size: int) -> None:
-        if time.monotonic() >= self.due:
-            self._tell(received, size)
+        with self.lock:
+            self.latest = received, size
+            wait = self.due - time.monotonic()
+            if wait <= 0:
+                self._tell()
+            elif self.later is None:
+                self.later = threading.Timer(wait, self._tell_later)
+                self.later.daemon = True
+                self.later.start()
 
-    def _tell(self, received: int, size: int) -> None:
+    def _tell_later(self) -> None:
+        with self.lock:
+            self.later = None
+            if self.due < math.inf:
+                self._tell()
+
+    def _tell(self) -> None:
+        received, size = self.latest
         said = {"received": received, "bytes": size, **self.facts}
         with suppress(*UNREACHABLE):  # the next word says more
             self.worker.note_progress(self.job, said)

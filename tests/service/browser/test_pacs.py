@@ -195,6 +195,7 @@ def test_what_is_under_way_is_seen_on_the_worklist(page: Page, hospital: Hospita
     coming.get_by_role("button", name="Stop fetching").click()
     expect(coming.get_by_role("listitem")).to_have_count(0)
 
+    hospital.way.let_through(SOME_BYTES)
     dialog, found = find(page, slices[0].PatientID)
     found.get_by_role("button", name="Add").click()
     page.keyboard.press("Escape")
