@@ -1,10 +1,10 @@
 """Search while another process adds: `python benchmarks/search_while_adding.py [SECONDS]`.
 
 One process writes made-up studies (512-d), 20 a save, and tends the index every 50 saves; this one
-searches without a pause. Every seventh study, and one drawn from all,
-is looked for by its own embedding and by its word as soon as
-the writer says that it is saved (the word's embedding means nothing here, so that the nearest scan and
-the nearest report may stand before the one that has the word). Printed: searches, failures, studies not found, latencies.
+searches without a pause. Every seventh study, and one drawn from all, is looked for by its own
+embedding and by its word as soon as the writer says that it is saved (the word's embedding means
+nothing here, so that the nearest scan and the nearest report may stand before the one that has the
+word). Printed: searches, failures, studies not found, latencies.
 """
 
 from __future__ import annotations
