@@ -2,8 +2,8 @@
 
 What `index build` does runs with the bundled model on a prepared store, saves every 10 studies, is
 killed (-9) when some more are saved, and is started again. After each kill the index must be
-whole; at the end it must hold every study of the store once. Children are forked, so that they need
-not import everything again; the parent therefore never touches the database before the end.
+whole; at the end it must hold every study of the store once. Children come from a server that has
+imported everything and computed nothing: a process with threads of its own must not be forked.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from med3dvlm import load
 from med3dvlm.data.store import Store
 from med3dvlm.search import How, SearchIndex, build_index
 
 KILLS, SAVE_EVERY = 10, 10
-FORK = multiprocessing.get_context("fork")
+FORK = multiprocessing.get_context("forkserver")
 
 
 def build_it(store: str, folder: Path) -> None:
     build_index(store, load("demo", part="search"), folder, how=How(save_every=SAVE_EVERY))
 
 
-def look(folder: Path, answer: multiprocessing.SimpleQueue) -> None:
+def look(folder: Path, answer: Any) -> None:
     index = SearchIndex.open(folder)
     answer.put((len(index), index.verify()))
 
@@ -40,7 +41,7 @@ def saves(folder: Path) -> int:
 
 def main() -> int:
     store, random_ = Store(sys.argv[1]), random.Random(0)
-    load("demo", part="search")  # imports what the children need
+    FORK.set_forkserver_preload(["med3dvlm.search", "med3dvlm.models", "med3dvlm.data.store"])
     answer = FORK.SimpleQueue()
     with tempfile.TemporaryDirectory() as root:
         folder, bad = Path(root) / "index", 0

@@ -59,7 +59,8 @@ class Outcome:
             title, reference = self.titles[key], self.references[key]
             results.add(title, [_row(name, arm) for name, arm in arms.items()])
             less = [_less(name, arm) for name, arm in arms.items() if name != reference]
-            results.add(f"{title} Points more than {reference}", less)
+            end = "" if title.endswith("?") else "."
+                results.add(f"{title}{end} Points more than {reference}", less)
             if key in self.each:
                 results.add(f"{title} AUROC of each finding", self.each[key])
         return results
