@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Arm = dict[str, Any]
-COLOURS = ("#1f6feb", "#d9730d", "#2da44e", "#8250df")
+COLOURS = ("#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#6e7781")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Outcome:
             results.add(title, [_row(name, arm) for name, arm in arms.items()])
             less = [_less(name, arm) for name, arm in arms.items() if name != reference]
             end = "" if title.endswith("?") else "."
-                results.add(f"{title}{end} Points more than {reference}", less)
+            results.add(f"{title}{end} Points more than {reference}", less)
             if key in self.each:
                 results.add(f"{title} AUROC of each finding", self.each[key])
         return results
