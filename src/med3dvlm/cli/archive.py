@@ -133,7 +133,7 @@ def _print_result(location: str, result: BuildResult, dual: Any, *, as_json: boo
     for sentence in result.damage:
         common.note(f"damage: {sentence}")
     for path, reason in result.refused:
-        common.note(f"refused {path}: {reason}")
+        common.note(f"refused {path}: {reason.removeprefix(f'{path}: ')}")
 
 
 @index_app.command("remove")
