@@ -26,6 +26,7 @@ from med3dvlm.search import (
     rebuild_index,
 )
 from med3dvlm.search.index import make_entry
+from med3dvlm.search.map import write_map
 from tests.search.embedder import DIM, Histogram
 
 REPO = Path(__file__).parents[2]
@@ -580,3 +581,14 @@ def test_a_manifest_cannot_point_outside_its_folder(archive):
     (archive / "m.csv").write_text("file\nv0.npy\n")
     with pytest.raises(SourceError, match="no path"):
         find_scans(archive / "m.csv")
+
+
+def test_a_map_opens_with_the_column_that_divides_the_studies(tmp_path):
+    pytest.importorskip("umap")
+    index = SearchIndex.create(tmp_path / "i", Histogram())
+    index.put(random_entries(24))  # `age` is another for each, `site` one of two
+    assert write_map(index, tmp_path / "map.html") == 24
+    text = (tmp_path / "map.html").read_text()
+    assert '"colour": "site"' in text and "/a/00000" not in text
+    write_map(index, tmp_path / "map.html", colour="age")
+    assert '"colour": "age"' in (tmp_path / "map.html").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def write_map(
     """Write one HTML file, with nothing from elsewhere, and say how many studies it shows.
 
     Args:
-        colour: the column that it opens with; any other can be chosen there.
+        colour: the column that it opens with, the one that divides the studies best where none is
+            given; any other can be chosen there.
         limit: of more studies, so many are drawn at random by the seed.
         neighbours: how far UMAP looks for what is alike (arXiv 1802.03426).
 
@@ -53,11 +55,13 @@ def write_map(
     if colour is not None and colour not in columns:
         raise SearchIndexError(f"no study has a column {colour!r}: known are {', '.join(columns)}.")
     places = _project(np.stack([entry.vector for entry in kept]), neighbours, seed)
+    values = {name: [_value(entry, name) for entry in kept] for name in columns}
     data = {
         "title": f"{len(kept)} of {len(index)} studies of {index.place.location}",
         "made": f"model {index.generation['model']}, weights {index.generation['weights']}",
-        "colour": colour or (columns[0] if columns else ""),
-        "columns": {name: [_value(entry, name) for entry in kept] for name in columns},
+        "colour": colour
+        or (max(columns, key=lambda name: _tells(values[name])) if columns else ""),
+        "columns": values,
         "ids": [entry.study.id for entry in kept],
         "texts": [" ".join(entry.study.report.split())[:REPORT_CHARACTERS] for entry in kept],
         "x": [round(float(x), 4) for x in places[:, 0]],
@@ -69,6 +73,16 @@ def write_map(
     with atomic_file(path) as temporary:
         temporary.write_text(template.replace("{{DATA}}", content), "utf-8")
     return len(kept)
+
+
+def _tells(values: list[str]) -> tuple[float, int]:
+    """How much a column's colours say: the entropy of its values, and nothing where most of them
+    stand alone; among those that say nothing, the fewer the better."""
+    counts = np.array(list(Counter(values).values()))
+    if len(counts) > len(values) / 4:
+        return 0.0, -len(counts)
+    shares = counts / len(values)
+    return float(-(shares * np.log(shares)).sum()), -len(counts)
 
 
 def _value(entry: Entry, column: str) -> str:
