@@ -124,7 +124,10 @@ def test_the_same_person_is_the_same_account_again(place, provider):
         {"sub": None},
         {"at_hash": "wrong"},
     ],
-    ids=lambda change: "-".join(f"{name} {value}"[:24] for name, value in change.items()),
+    # numbers are times of collection, of which each process of the tests has its own
+    ids=lambda change: "-".join(
+        f"{name} {'at' if isinstance(value, int) else value}"[:24] for name, value in change.items()
+    ),
 )
 def test_tokens_with_wrong_claims(place, provider, change):
     provider.change = change
