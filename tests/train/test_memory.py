@@ -20,7 +20,9 @@ def pages_of_a_second_block() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives blocks back at once")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere nothing is done: glibc alone gives back"
+)
 def test_freed_memory_is_used_again_while_it_is_kept():
     # in a process of its own: in one that freed much before, blocks come from what it still has
     command = [sys.executable, "-m", "tests.train.test_memory"]

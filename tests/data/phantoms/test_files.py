@@ -73,7 +73,7 @@ def test_unknown_layout_says_which_there_are(tmp_path):
 
 @pytest.mark.skipif(
     shutil.which("dciodvfy") is None and "CI" not in os.environ,  # .ci/run installs it
-    reason="needs dciodvfy: apt-get install dicom3tools",
+    reason="an outside validator, dciodvfy, is not here; in CI its absence fails: apt-get install dicom3tools",
 )
 def test_dicom_headers_keep_to_the_standard(tmp_path):
     """dciodvfy checks every attribute of the CT Image object; it may warn, but find no error."""

@@ -6,6 +6,7 @@ A finding is one subclass of :class:`Finding` in the file of its body region, na
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,7 +53,7 @@ class PlacedFinding:
         return template.format(**values)
 
 
-class Finding:
+class Finding(ABC):
     """One kind of finding.
 
     Class attributes:
@@ -95,11 +96,11 @@ class Finding:
         """What it does to the patient before that patient is drawn."""
         return anatomy
 
+    @abstractmethod
     def centre(self, anatomy: Anatomy, placed: PlacedFinding) -> Triple:
         """Where its middle, or its largest part, lies: (z, y, x) mm. Every kind says its own."""
-        raise NotImplementedError(f"{type(self).__name__} must say where its middle lies.")
 
-    def draw(self, torso: Torso, placed: PlacedFinding) -> None:
+    def draw(self, torso: Torso, placed: PlacedFinding) -> None:  # noqa: B027 - some only change
         """What it adds to the drawn patient."""
 
     @property
