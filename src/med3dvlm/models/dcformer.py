@@ -7,18 +7,19 @@ N tokens. Everything here keeps the axes as (B, C, D, H, W), the order of a prep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from med3dvlm.models import cpu_training
 from med3dvlm.models.fused import kernels, runs_fused
 from med3dvlm.models.inference import Inference
+from med3dvlm.models.lines import lines_through
 from med3dvlm.models.windows import check_windows, through_windows
 
 # Blocks and channels of stages 0-4; the stem is the one "block" of stage 0.
@@ -158,6 +159,29 @@ def _ceil_div(size: int, by: int) -> int:
     return -(-size // by)
 
 
+def _lowered_on_cpu(x: Tensor) -> bool:
+    """Whether autocast would let products of x be in bf16 on a CPU."""
+    return x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+
+
+def _fp32_on_cpu(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a method of a tensor compute in fp32 under a CPU's autocast.
+
+    Maxima of rounded values lie elsewhere, and the gradient goes where they lie: with stem and
+    max-pool in bf16 a gradient has a cosine of 0.992 with that of fp32, without 0.9993, for a
+    third more time (docs/performance.md). A GPU has no fast fp32 to do the same with.
+    """
+
+    @wraps(forward)
+    def run(self, x: Tensor, *args) -> Tensor:
+        if not _lowered_on_cpu(x):
+            return forward(self, x, *args)
+        with torch.autocast("cpu", enabled=False):
+            return forward(self, x.float(), *args)
+
+    return run
+
+
 class DecomposedConv3d(nn.Module):
     """Three 1-D convolutions side by side, one along each axis, summed (paper, section 3).
 
@@ -200,33 +224,61 @@ class DecomposedConv3d(nn.Module):
             return kernels.decomposed_conv(self, x)
         return self.plain(x)
 
+    def _norms(self) -> list[nn.BatchNorm3d]:
+        return [getattr(self, f"norm_{name}") for name in AXES]
+
     def _norms_alike(self) -> bool:
         """Whether the three are batch norms in one mode: not replaced, none frozen on its own."""
-        norms = self.norm_depth, self.norm_height, self.norm_width
+        norms = self._norms()
         return all(type(n) is nn.BatchNorm3d and n.training == norms[0].training for n in norms)
 
     def plain(self, x: Tensor) -> Tensor:
         """The three convolutions one by one: what the fused kernel is held against."""
-        return (
-            self.norm_depth(self._along(x, 0))
-            + self.norm_height(self._along(x, 1))
-            + self.norm_width(self._along(x, 2))
+        lines, norms = self._lines(x), self._norms()
+        in_rows = not self.depthwise and x.device.type == "cpu"
+        if in_rows and norms[0].training and self._norms_alike():
+            return cpu_training.normalize_and_add(lines, norms)
+        depth, height, width = (norm(line) for norm, line in zip(norms, lines, strict=True))
+        y = depth + height + width
+        if y.requires_grad and not in_rows:
+            y.register_hook(Tensor.contiguous)  # once, or each norm's gradient would do it
+        return y
+
+    def _lines(self, x: Tensor) -> Sequence[Tensor]:
+        """The three convolutions; of the stem's, channels last."""
+        convs = [getattr(self, f"along_{name}") for name in AXES]
+        if self.depthwise:
+            return [
+                convolve_as_matrix(x, conv.weight, conv.bias, axis=axis)
+                if x.shape[2 + axis] <= LONGEST_BAND
+                else conv(x)
+                for axis, conv in enumerate(convs)
+            ]
+        if self.stride > 1 or convs[0].in_channels < convs[0].out_channels:
+            return [self._strided(x, axis, conv) for axis, conv in enumerate(convs)]
+        if _lowered_on_cpu(x):
+            parameters = (p for conv in convs for p in (conv.weight, conv.bias))
+            return cpu_training.RoundedGradients.apply(x, *parameters)
+        return [
+            cpu_training.convolve_planes(x, conv.weight, conv.bias, axis)
+            for axis, conv in enumerate(convs)
+        ]
+
+    @_fp32_on_cpu
+    def _strided(self, x: Tensor, axis: int, conv: nn.Conv3d) -> Tensor:
+        """As one product: `conv3d` is slow, and crashes in channels last, for one channel."""
+        lines = lines_through(
+            x,
+            axis,
+            kernel_size=conv.kernel_size[axis],
+            stride=self.stride,
+            antialias=self.antialias,
         )
-
-    def _along(self, x: Tensor, axis: int) -> Tensor:
-        conv = getattr(self, f"along_{AXES[axis]}")
-        if self.depthwise and x.shape[2 + axis] <= LONGEST_BAND:
-            return convolve_as_matrix(x, conv.weight, conv.bias, axis=axis)
-        if axis == 0 and self.stride == conv.groups == 1:
-            return convolve_planes(x, conv.weight, conv.bias)
-        return conv(self._smooth(x, axis))
-
-    def _smooth(self, x: Tensor, axis: int) -> Tensor:
-        if not self.antialias:
-            return x
-        steps = _along(axis, 1, other=self.stride)
-        window = [min(step, size) for step, size in zip(steps, x.shape[2:], strict=True)]
-        return F.avg_pool3d(x, window, ceil_mode=True, count_include_pad=False)
+        rows = lines.movedim(1, 4).flatten(4)
+        # contiguous, or its gradient is a product that takes four times as long
+        assert conv.bias is not None
+        y = torch.addmm(conv.bias, rows.flatten(0, 3), conv.weight.flatten(1).T.contiguous())
+        return y.view(*rows.shape[:4], -1).movedim(-1, 1)
 
 
 def convolve_as_matrix(x: Tensor, weight: Tensor, bias: Tensor, *, axis: int) -> Tensor:
@@ -250,22 +302,6 @@ def convolve_as_matrix(x: Tensor, weight: Tensor, bias: Tensor, *, axis: int) ->
     else:
         y = x.flatten(2, 3) @ band.transpose(1, 2)
     return y.view(x.shape) + bias.to(y.dtype).view(-1, 1, 1, 1)
-
-
-def convolve_planes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A dense 1-D convolution along D as a 2-D one on images of D rows of H·W voxels.
-
-    On a CPU in fp32 it takes a third of the time of `conv3d`, gradients included
-    (docs/performance.md).
-
-    Args:
-        x: (B, C, D, H, W).
-        weight: (C', C, k, 1, 1); k odd, padding k//2.
-        bias: (C',).
-    """
-    padding = (weight.shape[2] // 2, 0)
-    y = F.conv2d(x.flatten(3), weight.flatten(3), bias, padding=padding)
-    return y.unflatten(3, x.shape[3:])
 
 
 def band_matrix(kernel: Tensor, n: int) -> Tensor:
@@ -292,30 +328,13 @@ class PatchConv3d(nn.Module):
         self.proj = nn.Linear(in_channels * size**3, out_channels)
         self.norm = nn.BatchNorm3d(out_channels)
 
+    @_fp32_on_cpu
     def forward(self, x: Tensor) -> Tensor:
         s = self.size
         x = F.pad(x, [n for size in reversed(x.shape[2:]) for n in (0, -size % s)])
         patches = x.unfold(2, s, s).unfold(3, s, s).unfold(4, s, s)  # (B, C, D', H', W', s, s, s)
         y = self.proj(patches.movedim(1, 4).flatten(4))  # as one product: conv3d is slow at this
-        return self.norm(y.movedim(-1, 1).contiguous())
-
-
-def fp32_on_cpu(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Let a module's forward compute in fp32 under a CPU's autocast.
-
-    Maxima of rounded values lie elsewhere, and the gradient goes where they lie: with stem and
-    max-pool in bf16 a gradient has a cosine of 0.992 with that of fp32, without 0.9993, for a
-    third more time (docs/performance.md). A GPU has no fast fp32 to do the same with.
-    """
-
-    @wraps(forward)
-    def run(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return forward(self, x)
-        with torch.autocast("cpu", enabled=False):
-            return forward(self, x.float())
-
-    return run
+        return self.norm(y.movedim(-1, 1))
 
 
 class Stem(nn.Module):
@@ -342,7 +361,6 @@ class Stem(nn.Module):
         self.layers = nn.ModuleList([first, *rest])
         self.activation = nn.GELU() if config.stem_activation == "gelu" else nn.Identity()
 
-    @fp32_on_cpu
     def forward(self, x: Tensor) -> Tensor:
         x = through_windows(x, self.windows)
         for layer in self.layers:
@@ -358,9 +376,10 @@ class Downsample(nn.Module):
         self.pool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
         self.proj = nn.Conv3d(in_channels, out_channels, kernel_size=1, bias=False)
 
-    @fp32_on_cpu
+    @_fp32_on_cpu
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.pool(x))
+        # ten times as fast as channels first on a CPU
+        return self.proj(self.pool(x.contiguous(memory_format=torch.channels_last_3d)))
 
 
 class Block(nn.Module):
@@ -422,8 +441,10 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        if runs_fused(x):  # they read and write channels last, and so do the blocks' MLPs
-            x = x.contiguous(memory_format=torch.channels_last_3d)
+        # fused kernels read and write channels last, and so do the blocks' MLPs; the matrices of a
+        # depthwise convolution stand along planes and rows
+        layout = torch.channels_last_3d if runs_fused(x) else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 again = partial(_statistics_untouched, block)
@@ -545,7 +566,7 @@ def _highest(stream: Tensor) -> Tensor:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)  # (B, C, D, H, W) -> (B, N, C)
+    return x.movedim(1, -1).flatten(1, 3)  # (B, C, D, H, W) -> (B, N, C)
 
 
 def init_encoder_weights(module: nn.Module, *, std: float) -> None:

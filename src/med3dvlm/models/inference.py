@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from med3dvlm.models.fused import kernels, runs_fused
+from med3dvlm.models.lines import lines_through
 from med3dvlm.models.windows import through_windows
 
 if TYPE_CHECKING:
@@ -260,29 +261,16 @@ class _LinesThrough:
 
     def __call__(self, volume: Tensor) -> list[Tensor]:
         """(C_in, D, H, W) -> three of (D/s, H/s, W/s, C_in, k)."""
-        return [self._line(volume, axis) for axis in range(3)]
-
-    def _line(self, volume: Tensor, axis: int) -> Tensor:
-        for other in range(3):
-            if other != axis:
-                volume = self._thin(volume, other + 1)
-        padding = [0] * 6
-        padding[4 - 2 * axis : 6 - 2 * axis] = [self.kernel // 2] * 2  # the last axis comes first
-        return F.pad(volume, padding).unfold(axis + 1, self.kernel, self.stride).movedim(0, 3)
-
-    def _thin(self, volume: Tensor, axis: int) -> Tensor:
-        """Every s-th voxel, or with antialiasing the mean of each s voxels (the last of fewer)."""
-        step, size = self.stride, volume.shape[axis]
-        if not self.antialias:
-            index = [slice(None)] * 4
-            index[axis] = slice(None, None, step)
-            return volume[tuple(index)]
-        missing = -size % step
-        padding = [0, 0] * (3 - axis) + [0, missing]
-        groups = F.pad(volume, padding).unflatten(axis, (-1, step)).sum(axis + 1)
-        counts = volume.new_full((groups.shape[axis],), step)
-        counts[-1] -= missing
-        return groups / counts.view(-1, *[1] * (3 - axis))
+        return [
+            lines_through(
+                volume,
+                axis,
+                kernel_size=self.kernel,
+                stride=self.stride,
+                antialias=self.antialias,
+            ).movedim(0, 3)
+            for axis in range(3)
+        ]
 
 
 class _Patches:
