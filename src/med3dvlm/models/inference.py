@@ -15,6 +15,7 @@ The measurements behind each are in docs/performance.md and docs/decisions/0011-
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,14 +90,15 @@ class InferenceEncoder:
 
     def __call__(self, volumes: Tensor, last: int) -> list[Tensor]:
         """(B, C, D, H, W) -> the last of five (B, N, C), as DCFormer's forward."""
-        x = self.stem(volumes)
-        streams = [x]
-        for left, stage in zip((4, 3, 2, 1), self.stages, strict=True):
-            x = stage.downsample(x)
-            if left >= last:
-                streams.clear()  # frees what nobody asked for
+        whole = last == len(self.stages) + 1
+        x = self.stem(volumes, pooled=not whole)
+        streams = [x] if whole else []
+        for i, stage in enumerate(self.stages):
+            if i or whole:
+                x = stage.pool(x)
             x = stage.transform(x)
-            streams.append(x)
+            if len(self.stages) - i <= last:
+                streams.append(x)
         return [stream.flatten(1, 3).to(self.given) for stream in streams]
 
 
@@ -173,9 +175,10 @@ class _Layer:
 
 
 class _Stem:
-    """(B, C_in, D, H, W) -> (B, D/s, H/s, W/s, C), a volume at a time.
+    """(B, C_in, D, H, W) -> (B, D/s, H/s, W/s, C), a volume at a time; or max-pooled by two.
 
-    Features are computed in slabs of planes. Each layer needs one plane more on either side than
+    Pooled at once, the finest features, as large as the volume, never exist as a whole. Features
+    are computed in slabs of planes. Each layer needs one plane more on either side than
     it gives, so it lags one plane behind the layer before, whose last two planes are kept.
     """
 
@@ -195,17 +198,20 @@ class _Stem:
             self.first = None
         self.layers = [_Layer(tap, line.bias, dtype) for tap, line in zip(taps, lines, strict=True)]
 
-    def __call__(self, volumes: Tensor) -> Tensor:
+    def __call__(self, volumes: Tensor, *, pooled: bool) -> Tensor:
         views = [self.voxels(through_windows(volume, self.windows)) for volume in volumes]
-        shape = len(volumes), *views[0][0].shape[:3], self.channels
-        result = volumes.new_empty(shape, dtype=self.dtype)
+        grid = views[0][0].shape[:3]
+        if pooled:
+            grid = [-(-size // 2) for size in grid]
+        shape = len(volumes), *grid, self.channels
+        result = volumes.new_full(shape, -torch.inf, dtype=self.dtype)
         for parts, target in zip(views, result, strict=True):
-            self._encode(parts, target)
+            self._encode(parts, target, _pool_into if pooled else _copy_into)
         return result
 
-    def _encode(self, views: list[Tensor], result: Tensor) -> None:
-        """One volume's voxels (D/s, H/s, W/s, …) -> (D/s, H/s, W/s, C) in place."""
-        depth, height, width = result.shape[:3]
+    def _encode(self, views: list[Tensor], result: Tensor, put: _Put) -> None:
+        """One volume's voxels (D/s, H/s, W/s, …) -> (D/s, H/s, W/s, C), plane by plane put."""
+        depth, height, width = views[0].shape[:3]
         plane, last = (height + 1) * (width + 1), len(self.layers)
         slab = depth + last
         if result.device.type == "cpu":
@@ -232,17 +238,36 @@ class _Stem:
                     rows = sums[: count * plane]
                     self.layers[level - 1](kept[level - 1], slot + 1, rows)
                     values = rows.view(count, height + 1, width + 1, -1)[:, :height, :width]
-                target = result[begin:end]
-                if level < last:
-                    target = kept[level][2 + slot : 2 + slot + count, :height, :width]
                 # not gelu with out=: it writes nothing where the target has gaps (torch 2.13.0)
-                target.copy_(F.gelu(values) if self.gelu else values)
+                values = F.gelu(values) if self.gelu else values
+                if level < last:
+                    kept[level][2 + slot : 2 + slot + count, :height, :width] = values
+                else:
+                    put(result, begin, values)
 
     def _first(self, views: list[Tensor]) -> Tensor:
         """Voxels of some planes -> (planes, H/s, W/s, C) of the first layer, or as they are."""
         ones = views[0].new_ones(*views[0].shape[:3], 1)
         columns = torch.cat([*(view.flatten(3) for view in views), ones], -1).to(self.dtype)
         return columns if self.first is None else columns @ self.first
+
+
+_Put = Callable[[Tensor, int, Tensor], None]
+"""(result, begin, planes): place the planes from `begin` on in the result."""
+
+
+def _copy_into(result: Tensor, begin: int, planes: Tensor) -> None:
+    result[begin : begin + len(planes)] = planes
+
+
+def _pool_into(result: Tensor, begin: int, planes: Tensor) -> None:
+    """Max-pool by two, kernel 3: plane i of the result is the maximum of 2i - 1, 2i and 2i + 1."""
+    planes = _pool(planes, F.max_pool2d)
+    for offset in (-1, 0, 1):
+        first = -((offset - begin) // 2)  # whose plane 2i + offset is the first at hand
+        part = planes[2 * first + offset - begin :: 2]
+        target = result[first : first + len(part)]
+        torch.maximum(target, part[: len(target)], out=target)
 
 
 class _LinesThrough:
@@ -293,23 +318,25 @@ class _Patches:
 
 
 class _Stage:
-    """(B, D, H, W, C) -> (B, D/2, H/2, W/2, C')."""
+    """(B, D, H, W, C) -> (B, D/2, H/2, W/2, C'): pool, then transform."""
 
     def __init__(self, stage: Stage, dtype: torch.dtype):
-        pool = stage.downsample.pool
-        self.pool = (pool.kernel_size, pool.stride, pool.padding)
         self.proj = stage.downsample.proj.weight.flatten(1).to(dtype)
         self.blocks = [_Block(block, dtype) for block in stage.blocks]
 
-    def downsample(self, x: Tensor) -> Tensor:
-        x = x.to(self.proj.dtype)
-        x = F.max_pool3d(x.movedim(-1, 1), *self.pool).movedim(1, -1).contiguous()
-        return F.linear(x, self.proj).float()  # what the blocks add to stays in fp32
+    def pool(self, x: Tensor) -> Tensor:
+        return _pool(x.to(self.proj.dtype), F.max_pool3d)
 
     def transform(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.proj).float()  # what the blocks add to stays in fp32
         for block in self.blocks:
             x += block(x.to(self.proj.dtype))
         return x
+
+
+def _pool(x: Tensor, pool: Callable[..., Tensor]) -> Tensor:
+    """Maxima of 3 by 3 (by 3) tokens at every other one; (…, C) in and out."""
+    return pool(x.movedim(-1, 1), kernel_size=3, stride=2, padding=1).movedim(1, -1).contiguous()
 
 
 class _Block:
