@@ -3,8 +3,8 @@
     python benchmarks/kill_training.py [--kills 10] [--seed 0]
 
 Every run is the command line in a process of its own, ended by SIGKILL. CPU, fp32; tiny models on
-phantoms. Then the same on a disk that is full: a file system of a few MB, where mounting one is
-permitted. Exit status 1 if a weight differs.
+phantoms. Then the same on a disk that is full: a file system of one save and a half, where mounting
+one is permitted. Exit status 1 if a weight differs.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
             within = TRAINING["max_steps"] / (2 * options.kills) * step_seconds(Path(folder, stage))
             kill_often(stage, recipe, output, options.kills, random.Random(options.seed), within)
             differing += report(stage, Path(folder, stage), output)
-        fill_disk(Path(folder), recipes["contrastive"])
+        fill_disk(Path(folder), recipes["contrastive"], one_save(Path(folder, "contrastive")))
     raise SystemExit(int(differing > 0))
 
 
@@ -149,17 +149,24 @@ def report(stage: str, whole: Path, killed: Path) -> int:
     return len(differing) + (one.keys() != other.keys())
 
 
-def fill_disk(folder: Path, recipe: Path) -> None:
+def one_save(output: Path) -> int:
+    """Bytes of a checkpoint of a finished run."""
+    saved = next((output / "checkpoints").glob("checkpoint-*"))
+    return sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+
+
+def fill_disk(folder: Path, recipe: Path, save: int) -> None:
+    """The same run where one save and a half have room: the next is written beside the last."""
     disk = folder / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={3 * save // 2}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         print("full disk: mounting a tmpfs is not permitted here, not tried")
         return
     try:
         run = command("contrastive", recipe, disk / "run")
         _, errors = run.communicate()
-        sentence = errors.decode().strip().splitlines()[-1]
+        sentence = next(x for x in errors.decode().splitlines() if x.startswith("Error:"))
         kept = sorted(path.name for path in (disk / "run" / "checkpoints").glob("*"))
         print(f"full disk: exit status {run.returncode}; left: {', '.join(kept)}; {sentence}")
     finally:
