@@ -15,7 +15,7 @@ from med3dvlm.models import Med3DVLM
 from med3dvlm.train.ranks import is_main
 from med3dvlm.train.recipe import Recipe
 
-# At its import it looks for a faster kernel on a hub and warns that there is none: it works without.
+# At its import it seeks a faster kernel on a hub, and warns that there is none: 4 bits do without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LINEAR = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
