@@ -83,6 +83,9 @@ def test_unrelated_embeddings_score_chance():
         assert row["queries"] == 2000
         assert row["R@10"] == pytest.approx(0.1, abs=0.03)
         assert row["chance@10"] == pytest.approx(0.1)
+        spread = 1.96 * (row["R@10"] * (1 - row["R@10"]) / 2000) ** 0.5
+        assert row["low@10"] == pytest.approx(row["R@10"] - spread, abs=0.003)
+        assert row["high@10"] == pytest.approx(row["R@10"] + spread, abs=0.003)
 
 
 def test_a_sibling_series_counts_as_a_hit_when_grouped():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
+from med3dvlm.evaluate.statistics import interval
 from med3dvlm.evaluate.tables import Row
 
 RANKS = (1, 5, 10)
@@ -109,7 +110,8 @@ def retrieval_table(
         groups: see :func:`places_of_matches`; chance is then that of hitting any of the group.
 
     Returns:
-        One row per pool size and direction: pool, pools, direction, queries, R@k and chance@k.
+        One row per pool size and direction: pool, pools, direction, queries, R@k with its interval
+        over the queries (95%: low@k, high@k) and chance@k.
     """
     n = len(images)
     codes = np.arange(n) if groups is None else _codes(groups)
@@ -139,7 +141,10 @@ def _row(pool: int, direction: str, places: list[Places], codes: list[np.ndarray
     row: Row = {"pool": pool, "pools": len(places), "direction": direction}
     row["queries"] = pool * len(places)
     for k in RANKS:
-        row[f"R@{k}"] = float(np.mean([place.hit_at(k).mean() for place in places]))
+        # sorted: the interval is of the queries, whatever their order
+        hits = np.sort(np.concatenate([place.hit_at(k) for place in places]))
+        row[f"R@{k}"] = float(hits.mean())
+        row[f"low@{k}"], row[f"high@{k}"] = interval(hits)
         row[f"chance@{k}"] = float(np.mean([_chance(code, k) for code in codes]))
     return row
 
