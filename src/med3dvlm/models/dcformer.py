@@ -235,12 +235,12 @@ class DecomposedConv3d(nn.Module):
     def plain(self, x: Tensor) -> Tensor:
         """The three convolutions one by one: what the fused kernel is held against."""
         lines, norms = self._lines(x), self._norms()
-        in_rows = not self.depthwise and x.device.type == "cpu"
-        if in_rows and norms[0].training and self._norms_alike():
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and not self.depthwise and norms[0].training and self._norms_alike():
             return cpu_training.normalize_and_add(lines, norms)
         depth, height, width = (norm(line) for norm, line in zip(norms, lines, strict=True))
         y = depth + height + width
-        if y.requires_grad and not in_rows:
+        if on_cpu and self.depthwise and y.requires_grad:
             y.register_hook(Tensor.contiguous)  # once, or each norm's gradient would do it
         return y
 
