@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -366,6 +368,27 @@ def test_a_scorer_must_exist_and_return_a_number_for_each_pair():
     with pytest.raises(ValueError, match="one finite number for each"):
         load_scorer("operator:concat")(["1", "2"], ["3"])
     assert load_scorer(f"{__name__}:first_word_is_shared")(["a b", "c"], ["a d", "e"]) == [1, 0]
+
+
+def test_radeval_s_metrics_are_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "radeval", None)
+    with pytest.raises(ValueError, match=r"needs RadEval .*med3dvlm\[radeval\]"):
+        load_scorer("green")
+
+    class RadEval:  # RadEval 2.2.1's own signature and answer
+        def __init__(self, metrics, per_sample, show_progress):
+            if metrics == ["green"]:
+                raise OSError("no such model in the cache")
+            assert (metrics, per_sample) == (["radgraph"], True)
+
+        def __call__(self, refs, hyps):
+            scores = [float(one == other) for one, other in zip(refs, hyps, strict=True)]
+            return {"radgraph_simple": [], "radgraph_partial": scores, "radgraph_complete": []}
+
+    monkeypatch.setitem(sys.modules, "radeval", SimpleNamespace(RadEval=RadEval))
+    assert load_scorer("radgraph")(["a", "b"], ["a", "c"]) == [1, 0]
+    with pytest.raises(ValueError, match=r"model of scorer 'green'.*HF_HOME"):
+        load_scorer("green")
 
 
 # --- retrieval and zero-shot ------------------------------------------------------------------

@@ -132,7 +132,8 @@ def report(
     scorer: Annotated[
         list[str] | None,
         typer.Option(
-            help="A metric from elsewhere, package.module:function of (references, candidates)."
+            help="radgraph, ratescore or green (RadEval's, extra radeval), or a metric of your "
+            "own, package.module:function of (references, candidates); repeatable."
         ),
     ] = None,
     *,

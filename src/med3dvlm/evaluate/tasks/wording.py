@@ -7,6 +7,7 @@ from importlib import import_module
 
 import numpy as np
 
+from med3dvlm.evaluate.radiology import RADEVAL, radeval_scorer
 from med3dvlm.evaluate.statistics import interval
 from med3dvlm.evaluate.tables import Results, Row
 from med3dvlm.evaluate.wording import PAIRWISE, read_wordnet
@@ -51,7 +52,7 @@ def average_rows(scores: Mapping[str, Sequence[float]]) -> list[Row]:
 
 
 def load_scorer(name: str) -> TextScorer:
-    """The callable behind `package.module:function`, for metrics that this package has not.
+    """The callable behind `package.module:function`, or one of RadEval's by its name.
 
     It takes a list of references and one of candidates and returns a number for each pair; what
     it returns is checked when it is called.
@@ -59,15 +60,7 @@ def load_scorer(name: str) -> TextScorer:
     Raises:
         ValueError: for a name of another form, or that leads to nothing callable.
     """
-    module, _, attribute = name.partition(":")
-    try:
-        scorer = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"scorer {name!r} cannot be loaded ({error}): give package.module:function."
-        ) from error
-    if not callable(scorer):
-        raise ValueError(f"scorer {name!r} is no function: give package.module:function.")
+    scorer = radeval_scorer(name) if name in RADEVAL else _imported(name)
 
     def checked(references: Sequence[str], candidates: Sequence[str]) -> list[float]:
         found = scorer(list(references), list(candidates))
@@ -83,3 +76,17 @@ def load_scorer(name: str) -> TextScorer:
         return values.tolist()
 
     return checked
+
+
+def _imported(name: str) -> Callable:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"scorer {name!r} cannot be loaded ({error}): give {' or '.join(RADEVAL)} (RadEval's) "
+            "or package.module:function."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"scorer {name!r} is no function: give package.module:function.")
+    return found
