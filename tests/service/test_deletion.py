@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastapi.testclient import TestClient
 
@@ -13,11 +15,12 @@ from med3dvlm.service.access import Identity
 from med3dvlm.service.app import create_app
 from med3dvlm.service.core import Service
 from med3dvlm.service.migrations import migrate
+from med3dvlm.service.search import StudyIndex
 from med3dvlm.service.settings import load_settings
 from med3dvlm.service.tables import Study
 from med3dvlm.service.work import Cancelled, Worker
 from tests.service.access.conftest import Place
-from tests.service.conftest import running
+from tests.service.conftest import Running, running
 
 KEEPER = Identity("keeper", "Keeper", "administrator", "user")
 STUDY = "a" * 32
@@ -114,3 +117,28 @@ def test_what_another_worker_deleted_goes_from_the_servers_disk(tmp_path, monkey
         elsewhere.close()
         assert service.client.get(volume).status_code == 404
         eventually(lambda: not list(cache.iterdir()))
+
+
+def retrieve(service: Running, study: str) -> dict[str, Any]:
+    """The job that drafts from the nearest report, when it is over."""
+    started = service.client.post(f"/api/studies/{study}/report", json={"method": "retrieve"})
+    return service.done(started.json()["job"])
+
+
+def test_no_draft_is_taken_from_the_report_of_a_study_that_is_gone(tmp_path, phantom_files):
+    """They are deleted while another model's index is used, so that this one still has them."""
+    for service in running(tmp_path):
+        signed = {service.upload(path)["id"] for path in phantom_files[:2]}
+        for study in signed:
+            service.signed(study)
+        asked = service.upload(phantom_files[2])["id"]
+        service.idle()
+        core = service.core
+        elsewhere = replace(core, index=StudyIndex(str(tmp_path / "other.index"), core.models))
+        while signed:
+            nearest = retrieve(service, asked)["result"]["from_study"]
+            signed.remove(nearest)  # each is the nearest once, and never again
+            studies.remove(elsewhere, nearest, KEEPER, signed=True)
+            assert core.index.vector(studies.key(nearest, studies.VOLUME)) is not None
+        ended = retrieve(service, asked)
+        assert ended["state"] == "failed" and "no signed report" in ended["error"]
