@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 
 import pytest
 
@@ -91,6 +92,29 @@ def test_what_is_no_backup_is_refused(made, tmp_path):
     with pytest.raises(BackupError, match="questions has 0 rows, and had 1"):
         restore(core, folder)
     core.close()
+
+
+@pytest.mark.parametrize("key", ["format", "schema", "created", "tables"])
+def test_a_backup_that_lacks_a_key_is_refused_before_anything_is_restored(made, tmp_path, key):
+    from typer.testing import CliRunner
+
+    from med3dvlm.cli import app
+
+    def run(folder):
+        return CliRunner().invoke(
+            app, ["service", "restore", str(folder), "--data", str(tmp_path / "data")]
+        )
+
+    folder = tmp_path / "backup"
+    shutil.copytree(made[0], folder)
+    about = json.loads((folder / "backup.json").read_text())
+    del about[key]
+    (folder / "backup.json").write_text(json.dumps(about))
+    refused = run(folder)
+    assert refused.exit_code == 1 and isinstance(refused.exception, BackupError)
+    assert f"{folder / 'backup.json'} has no {key!r}" in str(refused.exception)
+    assert not (tmp_path / "data" / "files").exists()
+    assert run(made[0]).exit_code == 0  # the database is still empty
 
 
 def test_the_commands(made, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_lease_is_renewed_while_the_work_goes_on(core, monkeypatch):
 def test_the_heart_beats_on_when_tending_fails(core, monkeypatch):
     failed = []
 
-    def fail():
+    def fail(known):
         failed.append(utc_now())
         raise OSError("Stale file handle")
 

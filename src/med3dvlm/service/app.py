@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from med3dvlm import __version__
-from med3dvlm.service import metrics
+from med3dvlm.service import metrics, work
 from med3dvlm.service.access import api as access
 from med3dvlm.service.access.install import install
 from med3dvlm.service.api import (
@@ -32,13 +34,17 @@ from med3dvlm.service.api import (
 from med3dvlm.service.api.common import PROBLEMS
 from med3dvlm.service.api.faults import install_faults
 from med3dvlm.service.core import Service
+from med3dvlm.service.database import UNREACHABLE
 from med3dvlm.service.events import EventHub
 from med3dvlm.service.migrations import migrate
 from med3dvlm.service.settings import Settings
+from med3dvlm.service.studies import tend
 from med3dvlm.service.work import Worker
 
 WEB = Path(__file__).parent / "web"
 ROUTERS = (studies, questions, reports, evidence, search, jobs, openai, hospital)
+
+log = logging.getLogger("med3dvlm.service")
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -77,15 +83,31 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = app.state
     state.events = EventHub(state.service)
+    tending = asyncio.create_task(_tend(state.service))
     if state.worker is not None:
         state.worker.start()
     try:
         yield
     finally:
+        tending.cancel()
+        with suppress(asyncio.CancelledError):
+            await tending
         if state.worker is not None:
             await to_thread.run_sync(state.worker.stop)
         state.events.close()
         state.service.close()
+
+
+async def _tend(service: Service) -> None:
+    """The server has copies of files, too; the workers may be on other machines."""
+    while True:
+        try:
+            await to_thread.run_sync(tend, service)
+        except UNREACHABLE:
+            pass  # said to those who ask for something
+        except Exception:
+            log.exception("copies of files could not be looked through; trying again later")
+        await asyncio.sleep(work.TEND_S)
 
 
 class _Page(StaticFiles):

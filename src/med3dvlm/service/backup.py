@@ -33,6 +33,7 @@ from med3dvlm.service.tables import Job, Study
 
 FORMAT = 1
 ABOUT = "backup.json"
+NEEDED = {"format": int, "schema": str, "created": str, "tables": dict}  # of it, to restore
 ROWS = 1000  # written at a time
 NOT_DATA = ("workers",)
 
@@ -72,7 +73,7 @@ def restore(service: Service, folder: Path) -> dict[str, Any]:
     """Bring a backup back into an empty database and storage.
 
     Raises:
-        BackupError: if it is none, or the database is not empty.
+        BackupError: if it is none or is damaged, or the database is not empty.
     """
     about = _read_about(folder)
     with service.database.engine.connect() as connection:
@@ -180,7 +181,13 @@ def _read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / ABOUT).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise BackupError(f"{folder} is no backup ({ABOUT}: {error}).") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    for key, kind in NEEDED.items():
+        if not isinstance(about, dict) or not isinstance(about.get(key), kind):
+            raise BackupError(
+                f"{folder / ABOUT} has no {key!r} that can be read: the backup is damaged, nothing "
+                "was restored; use another one."
+            )
+    if about["format"] != FORMAT:
         raise BackupError(f"{folder} is no backup that this version reads.")
     return about
 

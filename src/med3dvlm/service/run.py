@@ -60,8 +60,8 @@ def serve(settings: Settings) -> None:
     )
     scheme = "https" if settings.tls_certificate else "http"
     log.info("serving %s://%s:%d", scheme, settings.host, settings.port)
-    workers.start()
     try:
+        workers.start()
         server.run()
     finally:
         workers.stop()
@@ -105,7 +105,10 @@ class Processes:
             self.watcher.start()
 
     def stop(self) -> None:
+        """End them all; none lives when this returns."""
         self.stopping.set()
+        if self.watcher.is_alive():
+            self.watcher.join()  # it may be starting one, which could not be ended before
         for process in self.running:
             if process.is_alive():
                 process.terminate()
@@ -113,6 +116,7 @@ class Processes:
             if process.pid is not None:
                 process.join(2 * GRACE_S)
                 process.kill()
+                process.join()
 
     def _new(self) -> SpawnProcess:
         context = multiprocessing.get_context("spawn")
@@ -121,7 +125,7 @@ class Processes:
     def _watch(self) -> None:
         while not self.stopping.wait(RESTART_S):
             for place, process in enumerate(self.running):
-                if not process.is_alive():
+                if not process.is_alive() and not self.stopping.is_set():
                     log.error("a worker died (exit code %s); another begins", process.exitcode)
                     self.running[place] = self._new()
                     self.running[place].start()

@@ -10,14 +10,14 @@ A file appears whole under its key or not at all, and never changes afterwards.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote, unquote
 
 from med3dvlm.files import atomic_file
 
@@ -26,6 +26,10 @@ CACHE_HOURS = 24  # that a copy of a remote file is kept on a worker's disk
 
 class StorageError(ValueError):
     """A place for files that cannot be used, in one sentence with the remedy."""
+
+
+Known = Callable[[set[str]], set[str]]
+"""Of the ids of studies, those that are in the database."""
 
 
 class Storage(Protocol):
@@ -44,15 +48,19 @@ class Storage(Protocol):
         ...
 
     def delete(self, prefix: str) -> None:
-        """Remove every file whose key begins with the prefix, a folder."""
+        """Remove every file whose key begins with the prefix, a folder; there may be none.
+
+        Raises:
+            StorageError: where some are left; what is gone by then does not hinder a second try.
+        """
         ...
 
     def list_keys(self) -> Iterator[str]:
         """Every key."""
         ...
 
-    def tend(self) -> None:
-        """Throw away what need not be kept."""
+    def tend(self, known: Known) -> None:
+        """Throw away this machine's copies that are old, or of studies that are not known."""
         ...
 
 
@@ -78,25 +86,35 @@ class FolderStorage:
         return path
 
     def delete(self, prefix: str) -> None:
-        shutil.rmtree(self.root / prefix, ignore_errors=True)
+        folder = self.root / prefix
+        try:
+            while folder.exists():
+                with suppress(FileNotFoundError):  # another process removes the same
+                    shutil.rmtree(folder)
+        except OSError as error:
+            raise _left(prefix, error.strerror or str(error)) from error
 
     def list_keys(self) -> Iterator[str]:
         for path in sorted(self.root.rglob("*")):
             if path.is_file() and not path.name.startswith("."):
                 yield path.relative_to(self.root).as_posix()
 
-    def tend(self) -> None:
+    def tend(self, known: Known) -> None:
         pass
 
 
 class RemoteStorage:
-    """Object storage; what is read is copied to the disk first, and kept there for a while."""
+    """Object storage; what is read is copied to the disk first, and kept there for a while.
+
+    A copy is used only while its file is there: others delete, too.
+    """
 
     def __init__(self, url: str, cache: Path):
         try:
             from fsspec.core import url_to_fs
 
-            files, self.root = url_to_fs(url)
+            # a listing that was kept would hide what others have put or deleted since
+            files, self.root = url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise StorageError(
                 f"storage {url!r} cannot be used ({error}): for s3:// install 'med3dvlm[s3]'."
@@ -109,32 +127,61 @@ class RemoteStorage:
         self.files.put_file(str(source), self._at(key))
 
     def fetch(self, key: str) -> Path:
-        name = "".join(Path(key).suffixes)
-        copy = self.cache / f"{hashlib.sha256(key.encode()).hexdigest()}{name}"
+        copy = self.cache / quote(key, safe="")
+        try:
+            self.files.info(self._at(key))
+        except FileNotFoundError as error:
+            copy.unlink(missing_ok=True)
+            raise FileNotFoundError(key) from error
         with suppress(FileNotFoundError):
             os.utime(copy)
             return copy
-        if not self.files.exists(self._at(key)):
-            raise FileNotFoundError(key)
         with atomic_file(copy) as temporary:
             self.files.get_file(self._at(key), str(temporary))
         return copy
 
     def delete(self, prefix: str) -> None:
-        if self.files.exists(self._at(prefix)):
-            self.files.rm(self._at(prefix), recursive=True)
+        try:
+            with suppress(FileNotFoundError):
+                self.files.rm(self._at(prefix), recursive=True)
+            left = self.files.find(self._at(prefix))  # s3fs is silent about what S3 refused
+        except Exception as error:  # what the clients raise has no common kind
+            raise _left(prefix, type(error).__name__) from error
+        if left:
+            raise _left(prefix, "refused")
+        for copy, key in self._copies():
+            if key.startswith(prefix):
+                copy.unlink(missing_ok=True)
 
     def list_keys(self) -> Iterator[str]:
         for path in sorted(self.files.find(self.root)):
             yield path.removeprefix(self.root).lstrip("/")
 
-    def tend(self) -> None:
-        if not self.cache.is_dir():
-            return
-        for copy in self.cache.iterdir():
+    def tend(self, known: Known) -> None:
+        copies = {copy: _study_of(key) for copy, key in self._copies()}
+        there = known(set(copies.values())) if copies else set()
+        old = time.time() - CACHE_HOURS * 3600
+        for copy, study in copies.items():
             with suppress(FileNotFoundError):  # another process has tended it
-                if copy.stat().st_mtime < time.time() - CACHE_HOURS * 3600:
+                if study not in there or copy.stat().st_mtime < old:
                     copy.unlink()
+
+    def _copies(self) -> list[tuple[Path, str]]:
+        """Copies with their keys; before the key of an unfinished one stand a dot and digits."""
+        if not self.cache.is_dir():
+            return []
+        return [(copy, unquote(copy.name)) for copy in self.cache.iterdir()]
 
     def _at(self, key: str) -> str:
         return f"{self.root.rstrip('/')}/{key}"
+
+
+def _study_of(key: str) -> str:
+    return key.partition("studies/")[2].partition("/")[0]
+
+
+def _left(prefix: str, reason: str) -> StorageError:
+    return StorageError(
+        f"The files under {prefix} could not all be removed ({reason}): let the server's keeper "
+        "see to the storage, then try again."
+    )

@@ -392,7 +392,9 @@ def remove(service: Service, study_id: str, identity: Identity, *, signed: bool)
 
     Raises:
         NotThere: if there is none; Conflict: for a signed one.
+        StorageError: where files are left; the study is then left, too, to be thrown away again.
     """
+    _ = service.models.dual  # loaded before others wait for the transaction
     with service.database.session() as session:
         study = get(session, study_id)
         has_signature = session.get(Signature, study_id) is not None
@@ -403,12 +405,27 @@ def remove(service: Service, study_id: str, identity: Identity, *, signed: bool)
         for table in (Addendum, Signature):
             session.execute(delete(table).where(table.study_id == study_id))
         session.delete(study)
+        session.flush()  # no job of the study can be ended from here on
+        clear(service, study_id)
         record(session, identity, "study.delete", f"study/{study_id}", signed=has_signature)
-    clear(service, study_id)
 
 
 def clear(service: Service, study_id: str) -> None:
-    """Remove the files of a study that the database has no more, and its entry in the index."""
+    """Remove the files of a study that the database has no more, and its entry in the index.
+
+    Raises:
+        StorageError: where files are left.
+    """
     service.storage.delete(key(study_id))
     if service.models.dual is not None:
         service.index.remove(key(study_id, VOLUME))
+
+
+def tend(service: Service) -> None:
+    """Throw away this machine's copies of files that are old, or whose studies are gone."""
+
+    def known(ids: set[str]) -> set[str]:
+        with service.database.reading() as session:
+            return set(session.scalars(select(Study.id).where(Study.id.in_(ids))))
+
+    service.storage.tend(known)

@@ -29,7 +29,7 @@ from med3dvlm.service import imports, metrics, questions, reviews, studies, work
 from med3dvlm.service.core import Service
 from med3dvlm.service.database import UNREACHABLE
 from med3dvlm.service.studies import THUMBNAIL, VOLUME, Conflict, evidence_key, key
-from med3dvlm.service.tables import Job, Question, Result, Study
+from med3dvlm.service.tables import Job, Question, Result, Signature, Study
 from med3dvlm.service.work import Cancelled, Outcome, Worker
 
 if TYPE_CHECKING:
@@ -281,14 +281,28 @@ def _draft_without_language(worker: Worker, job: Job) -> Outcome | BaseException
         "calibrated": False,
     }
     if job.request["method"] == "retrieve":
-        found = service.index.search(None, vector=_vector(service, study), top=NEIGHBOURS)
-        nearest = next((hit for hit in found if hit.report and hit.id != study.id), None)
-        if nearest is None:
-            return Conflict("There is no signed report of another study to draft from.")
-        text, facts["from_study"] = nearest.report, nearest.id
-    else:
-        text = _template(dual, studies.load_scan(service, study))
+        return _retrieved(service, study, facts)
+    text = _template(dual, studies.load_scan(service, study))
     return _drafted(facts, _draft(text, _not_rated(text)))
+
+
+def _retrieved(service: Service, study: Study, facts: dict[str, Any]) -> Outcome:
+    """A draft from the nearest signed report; which that is, is settled when the job ends.
+
+    An index can hold studies that were deleted: since the search, or while another model's index
+    was in use.
+    """
+    hits = service.index.search(None, vector=_vector(service, study), top=NEIGHBOURS)
+
+    def apply(session: Session, job: Job) -> dict[str, Any]:
+        others = (hit for hit in hits if hit.report and hit.id != study.id)
+        nearest = next((hit for hit in others if session.get(Signature, hit.id)), None)
+        if nearest is None:
+            raise Conflict("There is no signed report of another study to draft from.")
+        draft = _draft(nearest.report, _not_rated(nearest.report))
+        return _drafted({**facts, "from_study": nearest.id}, draft).apply(session, job)
+
+    return Outcome(apply)
 
 
 def _template(dual: Any, scan: Scan) -> str:

@@ -37,7 +37,7 @@ from med3dvlm.service.settings import Settings
 from med3dvlm.service.tables import ACTIVE, Job, JobEvent, Study, WorkerSeen
 
 POLL_S = 0.2  # between looks at an empty queue
-TEND_S = 60  # between looks at what has grown old
+TEND_S = 60  # between looks at what has grown old, or was deleted
 BATCHED = ("ask", "report")  # kinds that are worked on several at a time
 FETCH = "fetch"  # from the PACS
 FETCHERS = 2  # threads of a worker for it
@@ -257,6 +257,7 @@ class Worker:
         name: host, process and a random part.
         given_up: jobs that it holds and is not to finish: cancelled, or taken by another.
         fetchers: workers beside it for what comes from the PACS, where there is one.
+        left: studies that are gone, and whose files could not be removed yet.
     """
 
     def __init__(self, service: Service, *, fetches: bool = False):
@@ -271,6 +272,7 @@ class Worker:
         self.awake = threading.Event()
         self.held: dict[str, int] = {}
         self.given_up: set[str] = set()
+        self.left: set[str] = set()
         self.threads: list[threading.Thread] = []
         self.fault: BaseException | None = None
 
@@ -435,13 +437,19 @@ class Worker:
                 end(session, job, "failed", error=reason)
 
     def _sweep(self, study_id: str) -> None:
-        """What is left of a study that was thrown away while the job ran, or never came to be."""
+        """Remove what is left of a study that was thrown away while the job ran, or never came to
+        be; what cannot be removed is tried again when the worker tends."""
         from med3dvlm.service.studies import clear
 
-        with self.service.database.reading() as session:
-            there = session.scalar(select(Study.id).where(Study.id == study_id))
-        if there is None:
-            clear(self.service, study_id)
+        try:
+            with self.service.database.reading() as session:
+                there = session.scalar(select(Study.id).where(Study.id == study_id))
+            if there is None:
+                clear(self.service, study_id)
+            self.left.discard(study_id)
+        except Exception:  # the job is over: there is nobody else to tell
+            self.left.add(study_id)
+            log.exception("study %s is gone, its files are not; trying again later", study_id)
 
     # --- the heartbeat ------------------------------------------------------------------------
 
@@ -453,9 +461,7 @@ class Worker:
             try:
                 if self.held:
                     self._renew()
-                if self.fetches:
-                    continue
-                if now - seen > lease_s / 4:
+                if not self.fetches and now - seen > lease_s / 4:
                     self._appear()
                     seen = now
                 if now - tended > TEND_S:
@@ -489,6 +495,10 @@ class Worker:
             )
 
     def _tend(self) -> None:
+        from med3dvlm.service.studies import tend
+
+        for study_id in list(self.left):
+            self._sweep(study_id)
         settings = self.service.settings
         with self.service.database.session() as session:
             old = utc_now() - timedelta(hours=settings.events_kept_h)
@@ -498,7 +508,7 @@ class Worker:
             session.execute(delete(Job).where(nothing))
             gone = utc_now() - timedelta(days=1)
             session.execute(delete(WorkerSeen).where(WorkerSeen.seen < gone))
-        self.service.storage.tend()
+        tend(self.service)
 
 
 def workers_alive(session: Session, settings: Settings) -> list[WorkerSeen]:

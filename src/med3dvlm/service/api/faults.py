@@ -16,6 +16,7 @@ from med3dvlm.service.access.users import AccountError
 from med3dvlm.service.api.openai import ChatError
 from med3dvlm.service.database import UNREACHABLE
 from med3dvlm.service.search import NoSearchError
+from med3dvlm.service.storage import StorageError
 from med3dvlm.service.studies import Conflict, NotThere, Unusable
 from med3dvlm.service.work import FULL_DISK, QueueFull, UserLimit
 
@@ -42,6 +43,7 @@ def install_faults(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     for kind in UNREACHABLE:
         app.add_exception_handler(kind, _database)
+    app.add_exception_handler(StorageError, _storage)
     app.add_exception_handler(OSError, _disk)
     app.add_exception_handler(Exception, _fault)
 
@@ -72,6 +74,11 @@ def _database(request: Request, error: Exception) -> JSONResponse:
     if getattr(original, "sqlstate", None) == "53100" or "is full" in text or "disk i/o" in text:
         return JSONResponse({"detail": FULL}, 507)
     return JSONResponse({"detail": AWAY}, 503, {"Retry-After": LATER_S})
+
+
+def _storage(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSONResponse({"detail": str(error)}, 503, {"Retry-After": LATER_S})
 
 
 def _disk(request: Request, error: Exception) -> JSONResponse:
