@@ -7,16 +7,21 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well, else removed."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, "it is a folder; name a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{secrets.token_hex(4)}{path.name}"
     temporary.open("xb").close()  # not mkstemp, which makes it private whatever the umask
@@ -60,3 +65,25 @@ def write_json(path: Path | str, value: Any) -> None:
     """Write JSON atomically, readable by people."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_yaml(path: Path | str, schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """A YAML file as the dataclass `schema`, whose keys alone are known.
+
+    Args:
+        overrides: such as `training.batch_size=8`, which win.
+
+    Raises:
+        OSError: where there is no such file.
+        ValueError, OmegaConfBaseException, YAMLError: where it cannot be read as that.
+    """
+    from omegaconf import DictConfig, OmegaConf  # here: it takes a moment to load
+
+    with Path(path).open("rb") as file:
+        loaded = OmegaConf.load(file)
+    if not isinstance(loaded, DictConfig):
+        raise ValueError("it must hold 'name: value' lines")
+    merged = OmegaConf.merge(
+        OmegaConf.structured(schema), loaded, OmegaConf.from_dotlist(list(overrides))
+    )
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]

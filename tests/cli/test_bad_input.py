@@ -250,7 +250,7 @@ def test_wrong_usage_is_exit_2(run, arguments, tmp_path, monkeypatch):
         (["search", "nowhere.index", "effusion"], "no index"),
         (["index", "build", "nowhere", "-o", "i"], "does not exist"),
         (["index", "info", "nowhere"], "no index"),
-        (["train", "contrastive", "nowhere.yaml"], "does not exist"),
+        (["train", "contrastive", "nowhere.yaml"], "is no file"),
         (["model", "info", "nowhere"], "neither a folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
@@ -260,6 +260,45 @@ def test_what_is_not_there_is_exit_1(run, arguments, words, tmp_path, monkeypatc
     result = run(*arguments)
     assert result.code == 1 and words in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+LIST, BYTES, OTHER = "list.yaml", "bytes.txt", "other.db"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "contrastive", LIST], "must hold 'name: value' lines"),
+        (["experiment", LIST, "-o", "e"], "must hold 'name: value' lines"),
+        (
+            ["pacs", "watch", LIST, "--service", "http://127.0.0.1:1", "--url", "http://x"],
+            "must hold 'name: value' lines",
+        ),
+        (["train", "contrastive", "folder"], "is no file"),
+        (["classify", "x", "-l", BYTES], f"{BYTES}: it is no text in UTF-8"),
+        (["users", "list", "--database", f"sqlite:///{OTHER}"], f"{OTHER} is no SQLite database"),
+        (["audit", "verify", "--database", "sqlite:///folder"], "folder is a folder"),
+        (["serve", "--data", BYTES], f"{BYTES} is a file"),
+        (["serve", "--tls-key", "nowhere.pem"], "no file nowhere.pem"),
+        (["serve", "--tls-key", BYTES], "give 'tls_certificate', too"),
+        (["service", "corrections", "out", "--data", "new"], "med3dvlm service migrate"),
+        (["export", "report", "folder", "none.json", "--to", "text", "-o", "r"], "no report"),
+        (["export", "report", "folder", BYTES, "--to", "text", "-o", "r"], "no text in UTF-8"),
+        (["audit", "export", "-o", "folder", "--data", "new"], "folder: it is a folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+)
+def test_a_file_of_another_kind_is_one_sentence(run, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / LIST).write_text("- a\n- b\n")
+    (tmp_path / BYTES).write_bytes(b"\xff\xfe\x00")
+    (tmp_path / OTHER).write_bytes(b"not a database" * 100)
+    (tmp_path / "none.json").write_text("[1]")
+    (tmp_path / "folder").mkdir()
+    result = run(*arguments)
+    assert result.code == 1 and words in result.err
+    assert "Traceback" not in result.err
+    assert not any((tmp_path / name).exists() for name in ("e", "r", "out"))
 
 
 def test_a_full_disk_leaves_no_half_file(run, real_ct, tmp_path, monkeypatch):

@@ -275,7 +275,7 @@ def test_recipes_that_cannot_be_followed(tmp_path, store):
         load_recipe(path, ["training.lerning_rate=1"])
     with pytest.raises(RecipeError, match="batch_size"):
         load_recipe(path, ["training.batch_size=many"])
-    with pytest.raises(RecipeError, match="does not exist"):
+    with pytest.raises(RecipeError, match="is no file"):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(RecipeError, match="stage 'pretraining' is unknown"):
         load_recipe(path, ["stage=pretraining"])

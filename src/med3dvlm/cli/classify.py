@@ -105,7 +105,7 @@ def _names(given: list[str] | tuple[str, ...]) -> list[str]:
         if text in lists:
             names += lists[text]
         elif Path(text).is_file():
-            names += Path(text).read_text("utf-8-sig").splitlines()
+            names += common.read_text(Path(text)).splitlines()
         else:
             names += text.split(",")
     names = list(dict.fromkeys(name.strip() for name in names if name.strip()))

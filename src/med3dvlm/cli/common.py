@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
@@ -153,6 +154,17 @@ def progress_bar(label: str) -> Iterator[Any]:
             bar.update(task, completed=done, total=total)
 
         yield update
+
+
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        ValueError: if it is not in UTF-8.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is no text in UTF-8.") from error
 
 
 def read_with_warnings(path: str, *, series: str | None = None, frame: int | None = None) -> Scan:

@@ -110,15 +110,17 @@ def _read_report(path: Path, signature: Any, language: str | None) -> Report:
     from med3dvlm.hospital.drafting import report_of_dict
     from med3dvlm.notice import NOTICE
 
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is no text in UTF-8.") from error
+    text = common.read_text(path)
     facts: dict[str, Any] = {"language": language} if language else {}
     if path.suffix.lower() == ".json":
         try:
-            return report_of_dict({**json.loads(text), **facts}, signature=signature)
-        except (ValueError, TypeError) as error:
+            given = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: it is no JSON ({error}).") from error
+        try:
+            given = {**given, **facts} if isinstance(given, dict) else given
+            return report_of_dict(given, signature=signature)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     when = signature.signed if signature else datetime.now(UTC)
     return Report.from_text(text, created=when, notice=NOTICE, signature=signature, **facts)

@@ -218,8 +218,10 @@ def corrections(
     Example: `med3dvlm service corrections signed/ --data /srv/med3dvlm`
     """
     from med3dvlm.service.corrections import write_corrections
+    from med3dvlm.service.migrations import current_revision
 
     with where.opened(storage=storage) as service:
+        current_revision(service.database)
         count = write_corrections(service, folder, local_person())
     _tell({"studies": count, "folder": str(folder)}, as_json, f"{folder}: {count} studies.")
 

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from med3dvlm.experiment.measure import MEASURES
+from med3dvlm.files import read_yaml
 from med3dvlm.train import Recipe, RecipeError, load_recipe
 
 TRAIN, TEST = "phantoms-train", "phantoms-test"
@@ -160,10 +161,9 @@ def load_experiment(
     """
     path, folder = Path(path), Path(folder)
     if not path.is_file():
-        raise ExperimentError(f"{path} does not exist: give the path of an experiment (YAML).")
+        raise ExperimentError(f"{path} is no file: give the path of an experiment (YAML).")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Experiment), OmegaConf.load(path))
-        experiment: Experiment = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        experiment = read_yaml(path, Experiment)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         key = getattr(error, "full_key", None)
         reason = (f"{key}: " if key else "") + str(error).split("\n", 1)[0].rstrip(".")

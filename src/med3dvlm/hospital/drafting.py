@@ -112,7 +112,7 @@ def report_of_dict(given: Mapping[str, Any], *, signature: Signature | None = No
             if not one.get("withheld")
         ]
         return Report(lines=tuple(lines), **facts)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"it is no report ({error!r}): give what 'med3dvlm report --json' prints."
         ) from error

@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 from pydicom.datadict import tag_for_keyword
 from yaml import YAMLError
 
+from med3dvlm.files import read_yaml
 from med3dvlm.hospital.dicomweb import FoundStudy, Pacs, PacsError
 
 TRANSIENT_WAIT_S = 300  # longest pause after a PACS or service was not there
@@ -97,8 +98,7 @@ def read_rules(path: Path | str) -> Rules:
         RulesError: one sentence on the file and the key.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Rules), OmegaConf.load(path))
-        rules: Rules = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        rules = read_yaml(path, Rules)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RulesError(f"{path}: these are no rules ({reason}).") from error

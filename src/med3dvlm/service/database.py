@@ -26,6 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.types import DateTime, TypeDecorator
 
+SQLITE = b"SQLite format 3\0"  # what such a file begins with
 BUSY_S = 10  # that a writer waits for another
 
 
@@ -97,7 +98,7 @@ class Database:
         if self.dialect == "sqlite":
             if parsed.database in (None, "", ":memory:"):
                 raise DatabaseError("an SQLite database needs a file: use sqlite:///file.")
-            Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
+            _check_sqlite(Path(str(parsed.database)))
             options["connect_args"] = {"timeout": BUSY_S}
         elif self.dialect == "postgresql":
             options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": 3}}
@@ -143,6 +144,17 @@ def serialise(session: Session, name: str) -> None:
         session.execute(
             text("SELECT pg_advisory_xact_lock(:key)"), {"key": zlib.crc32(name.encode())}
         )
+
+
+def _check_sqlite(path: Path) -> None:
+    """Make room for a new database, or refuse what is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise DatabaseError(f"{path} is a folder: name the file of an SQLite database.")
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(len(SQLITE)) != SQLITE:
+                raise DatabaseError(f"{path} is no SQLite database: name another file.")
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -40,6 +40,10 @@ Pairs = Annotated[dict[str, str], BeforeValidator(_pairs)]
 """A mapping; in the environment as name=value with commas between."""
 
 
+FILES = ("tls_certificate", "tls_key", "pacs_ca", "pacs_certificate", "pacs_key", "oidc_ca")
+PAIRS = (("tls_certificate", "tls_key"), ("pacs_certificate", "pacs_key"))
+
+
 class Settings(BaseModel):
     """Everything that can be set; all paths and URLs that are not given lie under `data`."""
 
@@ -155,13 +159,27 @@ def load_settings(
             values[name] = value
     values |= {name: value for name, value in given.items() if value is not None}
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise SettingsError(
             f"setting {name!r} cannot be {first.get('input')!r}: {first['msg']}."
         ) from error
+    _check_files(settings)
+    return settings
+
+
+def _check_files(settings: Settings) -> None:
+    if settings.data.exists() and not settings.data.is_dir():
+        raise SettingsError(f"setting 'data': {settings.data} is a file; give a folder.")
+    for name in FILES:
+        path = getattr(settings, name)
+        if path is not None and not path.is_file():
+            raise SettingsError(f"setting {name!r}: there is no file {path}; check the path.")
+    for certificate, key in PAIRS:
+        if getattr(settings, key) and not getattr(settings, certificate):
+            raise SettingsError(f"setting {key!r} is of no use alone: give {certificate!r}, too.")
 
 
 def _read_file(file: Path | str) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
+
+from med3dvlm.files import read_yaml
 
 STAGES = ("contrastive", "alignment", "instruction")
 PRECISIONS = ("fp32", "bf16")
@@ -141,14 +143,9 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(f"{path} does not exist: give the path of a recipe (YAML).")
+        raise RecipeError(f"{path} is no file: give the path of a recipe (YAML).")
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Recipe),
-            OmegaConf.load(path),
-            OmegaConf.from_dotlist(overrides or []),
-        )
-        recipe: Recipe = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        recipe = read_yaml(path, Recipe, overrides or ())
     except ConfigKeyError as error:
         raise RecipeError(f"{path}: {_unknown(str(error.full_key))}") from error
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
