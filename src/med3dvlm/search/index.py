@@ -204,7 +204,9 @@ class SearchIndex:
         depth = DEPTH
         while depth < 2 * last:
             depth *= 2
-        words = Words(text, text) if plain and text else read_words(text) if text else None
+        words = None if text is None else read_words(text)
+        if words is not None and plain:
+            words = Words(words.text, words.text)
         query = self._query(words, vector)
         lists = self._lists(table, words, query, conditions, depth, plain)
         chosen = fuse(lists)[last - top : last]

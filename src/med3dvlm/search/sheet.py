@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from med3dvlm.files import atomic_file
 from med3dvlm.picture import SOFT_TISSUE
 from med3dvlm.scan import Scan, ScanError, read_scan
-from med3dvlm.search.items import IN_STORE, item_of
+from med3dvlm.search.items import StoredItem, item_of
 from med3dvlm.search.study import Hit, Study
 
 HEIGHT, GAP, MARGIN = 180, 8, 24  # pixels
@@ -138,16 +138,9 @@ def _volume(
     path: str,
 ) -> tuple[np.ndarray, tuple[float, float, float], tuple[float, float]]:
     """(D, H, W), mm between voxels along each axis, lowest and highest value shown."""
-    location, mark, name = path.rpartition(IN_STORE)
-    if (
-        mark
-        and not item_of(Study("", path, "")).refusal
-        and (Path(location) / "store.json").is_file()
-    ):
-        from med3dvlm.data.store import Store
-
-        store = Store(location)
-        number = store.index_of(name)
+    item = item_of(Study("", path, ""))
+    if isinstance(item, StoredItem):
+        store, number = item.stored()
         volume, row = store.volume(number), store.study(number)
         spacing = [
             mm * n / m
