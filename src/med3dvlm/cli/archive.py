@@ -13,6 +13,7 @@ import typer
 
 from med3dvlm.cli import common
 from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption, grouped
+from med3dvlm.notice import provenance
 
 if TYPE_CHECKING:
     from med3dvlm.search import BuildResult, Hit, How
@@ -122,7 +123,7 @@ def _print_result(location: str, result: BuildResult, dual: Any, *, as_json: boo
                 "unchanged": result.unchanged,
                 "refused": [{"path": p, "reason": r} for p, r in result.refused],
                 "damage": result.damage,
-                **common.provenance(dual),
+                **provenance(dual),
             }
         )
         return
@@ -312,7 +313,7 @@ def search(
                 "query": {"text": text, "scan": scan, "where": where or [], "page": page},
                 "understood": understood,
                 "hits": [_hit(hit) for hit in hits],
-                **common.provenance(dual),
+                **provenance(dual),
                 "notice": common.notice(dual),
             }
         )
@@ -346,7 +347,7 @@ def _show(
         return
     from med3dvlm.search.sheet import draw_sheet, write_page
 
-    facts = common.provenance(dual)
+    facts = provenance(dual)
     made = f"Model {facts['model']}, weights {facts['weights']}, preparation {facts['preparation']}"
     footer = f"{made}. {common.notice(dual)}"
     for path, draw in ((picture, draw_sheet), (page, write_page)):

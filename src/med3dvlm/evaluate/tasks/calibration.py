@@ -77,7 +77,7 @@ def evaluate_calibration(
     fitted_on = measure(model, fit, batch_size, progress, 0, total)
     calibration = fit_calibration(fitted_on, fit, weights)
     measured = measure(model, test, batch_size, progress, len(fit), total)
-    run = begin("calibration", model.label, model.fingerprint(), test)
+    run = begin("calibration", model, test.facts)
     run.results.facts["fitted on"] = dict(fit.facts)
     rows: list[Row] = []
     told: list[Row] = []
