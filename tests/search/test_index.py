@@ -581,6 +581,12 @@ def test_a_report_of_several_lines_survives_a_spreadsheet(archive):
     assert source.metadata == {"age": "61"}
 
 
+def test_a_manifest_that_gives_two_scans_one_id_is_refused(archive):
+    (archive / "m.csv").write_text("path,id\nv0.npy,a\nv2.npy,a\n")
+    with pytest.raises(SourceError, match=r"m.csv, row 2: id 'a' is there a second time"):
+        find_scans(archive / "m.csv")
+
+
 def test_a_manifest_cannot_point_outside_its_folder(archive):
     (archive / "m.csv").write_text("path\n../../etc/passwd\n")
     with pytest.raises(SourceError, match="outside"):
