@@ -377,11 +377,12 @@ def _understood(text: str) -> dict[str, Any]:
 def _explain_hits(dual: Any, hits: Any, query: Any, folder: Path) -> None:
     """A map for each hit, by its rank: what of its scan is like the query."""
     from med3dvlm.evidence import as_scan, explain, query_target
+    from med3dvlm.evidence.maps import FILES
     from med3dvlm.files import atomic_folder
     from med3dvlm.scan import save_nifti
 
     target = query_target(dual, query)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, ours=FILES) as temporary:
         for hit in hits:
             scan = common.read_with_warnings(hit.path)
             values = explain(dual, scan, target)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FLOOR = 0.05  # of a layer's map in the product, so that one blind layer does not blind the others
 STEPS = 16  # of the path of integrated gradients
 WINDOWS = 4  # occluding boxes have a quarter of each side, and move by half of that
+FILES = ("[0-9][0-9].nii.gz", "[0-9][0-9][0-9].nii.gz", "evidence.json")  # of a folder of maps
 BATCH = 8  # volumes at a time where a method needs many
 
 
@@ -65,7 +66,7 @@ def save_report_maps(
     """
     sentences, listing = split_report(report), []
     targets = report_targets(model, report, prompt=prompt)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, ours=FILES) as temporary:
         for number, (sentence, target) in enumerate(zip(sentences, targets, strict=True), 1):
             values = explain(model, scan, target, method=method)
             name = f"{number:02d}.nii.gz"

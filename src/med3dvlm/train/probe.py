@@ -29,6 +29,7 @@ from med3dvlm.search import SearchIndex
 
 FORMAT = 1
 SETTINGS, WEIGHTS = "probe.json", "probe.safetensors"
+FILES = (SETTINGS, WEIGHTS, "results.json", "results.md", "*.csv")
 FOLDS = 5
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 KEYS = ("path", "id")
@@ -84,7 +85,7 @@ class Probe:
             "penalty": self.penalty,
             "dim": next(self.head.parameters()).shape[1],
         }
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, ours=FILES) as temporary:
             save_file(self.head.state_dict(), temporary / WEIGHTS)
             text = json.dumps(settings, indent=2, ensure_ascii=False)
             (temporary / SETTINGS).write_text(text + "\n", "utf-8")
