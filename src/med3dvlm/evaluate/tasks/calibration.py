@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from med3dvlm.data.sources import Progress
+from med3dvlm.evaluate.findings import VOCABULARIES
 from med3dvlm.evaluate.statistics import interval, interval_of
 from med3dvlm.evaluate.tables import Row
 from med3dvlm.evaluate.tasks.answerers import SHORT_ANSWER
@@ -19,7 +20,6 @@ from med3dvlm.evaluate.tasks.cases import Cases
 from med3dvlm.evaluate.tasks.run import Run, begin
 from med3dvlm.evaluate.zero_shot import auroc
 from med3dvlm.evidence.confidence import (
-    VOCABULARIES,
     Calibration,
     answer_confidence,
     apply_logistic,
