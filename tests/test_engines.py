@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -116,3 +117,19 @@ def test_a_request_gets_the_words_of_the_model(exported):
         engines.complete(embeddings, url)
     with pytest.raises(ValueError, match="choose one of vllm, sglang"):
         engines.complete(embeddings, url, engine="other")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"])
+def test_a_server_that_dies_while_it_answers_is_an_error_of_the_engine(answer):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def die():
+            connection, _ = listening.accept()
+            connection.recv(2**20)
+            connection.sendall(answer)
+            connection.close()
+
+        threading.Thread(target=die, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(engines.EngineError, match="no vllm answers"):
+            engines.complete(torch.zeros(1, 4), url, timeout=10)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from med3dvlm.files import atomic_file
+from med3dvlm.files import atomic_file, atomic_folder
 
 
 @pytest.fixture
@@ -35,3 +35,18 @@ def test_writing_never_touches_the_umask(tmp_path, umask, monkeypatch):
         temporary.write_text("x")
     monkeypatch.undo()
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_of_ours_is_replaced_and_anything_else_is_left_alone(tmp_path):
+    folder = tmp_path / "maps"
+    for name in ("01.nii.gz", "02.nii.gz"):
+        with atomic_folder(folder, ours=("[0-9][0-9].nii.gz",)) as temporary:
+            (temporary / name).write_text(name)
+    assert [path.name for path in folder.iterdir()] == ["02.nii.gz"]
+    (folder / "IM0001").write_text("a scan")
+    with pytest.raises(ValueError, match=r"maps holds other things \(IM0001\)"):
+        with atomic_folder(folder, ours=("[0-9][0-9].nii.gz",)):
+            raise AssertionError
+    with pytest.raises(ValueError, match="IM0001 is a file"), atomic_folder(folder / "IM0001"):
+        raise AssertionError
+    assert (folder / "IM0001").read_text() == "a scan" and len(list(tmp_path.iterdir())) == 1

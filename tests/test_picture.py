@@ -160,3 +160,14 @@ def test_a_point_outside_and_a_window_upside_down_are_refused(tmp_path):
     with pytest.raises(ValueError, match="lowest value comes first"):
         draw_report(block_scan(), "", tmp_path / "a.png", title="", window=(40, -40))
     assert not (tmp_path / "a.png").exists()
+
+
+def test_an_empty_map_leaves_the_planes_in_the_middle_of_the_scan(tmp_path):
+    scan = block_scan()
+    evidence = np.zeros(scan.shape, np.float32)
+    draw_report(scan, "", tmp_path / "plain.png", title="")
+    draw_report(scan, "", tmp_path / "empty.png", title="", evidence=evidence)
+    assert np.array_equal(drawn(tmp_path / "plain.png"), drawn(tmp_path / "empty.png"))
+    evidence[18, 50, 70] = 1
+    draw_report(scan, "", tmp_path / "block.png", title="", evidence=evidence)
+    assert not np.array_equal(drawn(tmp_path / "plain.png"), drawn(tmp_path / "block.png"))

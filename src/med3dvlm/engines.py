@@ -12,9 +12,10 @@ import copy
 import io
 import json
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
@@ -129,7 +130,7 @@ def complete(
     except HTTPError as error:
         reason = " ".join(error.read(500).decode("utf-8", "replace").split())
         raise EngineError(f"{engine} at {url} refused ({error.code}): {reason}.") from error
-    except (URLError, TimeoutError) as error:
+    except (OSError, HTTPException) as error:
         raise EngineError(f"no {engine} answers at {url} ({error}): start it first.") from error
     except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise EngineError(f"{engine} at {url} answered without a text.") from error

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from errno import EISDIR
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,12 +36,23 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str, *, ours: Sequence[str] = ("*",)) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well.
 
     An older folder of that name is replaced, and is back where it was if the move fails.
+
+    Args:
+        ours: patterns of names; a folder that holds anything else is not replaced.
+
+    Raises:
+        ValueError: for such a folder, or a file, before the block is begun.
     """
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file: give a folder.")
+    for other in sorted(path.iterdir()) if path.is_dir() else ():
+        if not any(fnmatch(other.name, pattern) for pattern in ours):
+            raise ValueError(f"{path} holds other things ({other.name}): give a folder of its own.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

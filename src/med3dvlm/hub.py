@@ -161,8 +161,11 @@ def _load_own(folder: Path, config: dict[str, Any]) -> Med3DVLM | VolumeTextDual
 
 
 def _calibration(folder: Path, model: Any) -> Any:
-    """That beside the weights; one for other weights is left out, with a warning."""
-    if not (folder / "calibration.json").is_file():
+    """That beside a language model; one for other weights is left out, with a warning."""
+    from med3dvlm.models import Med3DVLM
+
+    # a file of that name beside a dual encoder is of `train calibration`, and `classify` reads it
+    if not isinstance(model, Med3DVLM) or not (folder / "calibration.json").is_file():
         return None
     from med3dvlm.evidence import Calibration
 

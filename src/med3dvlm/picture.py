@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 from med3dvlm.files import atomic_file
-from med3dvlm.scan import Scan
+from med3dvlm.scan import Scan, peak_of
 from med3dvlm.sentences import HEADING
 
 NOTICE = "DRAFT — research use only, not for clinical use"
@@ -102,7 +102,7 @@ def draw_report(
         point: (z, y, x) voxel the planes go through.
         questions: (question, answer) pairs, under the report.
         evidence: a map (D, H, W) on the scan's voxels, 0 to 1, laid over the slices; the planes
-            then go through its highest voxel, where no point is given.
+            then go through its highest voxel, where it has one and no point is given.
 
     Raises:
         ValueError: for a window that is not low before high, a point outside the volume, or a map
@@ -111,8 +111,7 @@ def draw_report(
     if evidence is not None and evidence.shape != scan.array.shape:
         raise ValueError(f"the map has {evidence.shape} voxels, the scan {scan.array.shape}.")
     if evidence is not None and point is None:
-        z, y, x = np.unravel_index(int(evidence.argmax()), evidence.shape)
-        point = int(z), int(y), int(x)
+        point = peak_of(evidence)
     views = _views(scan, window=window, point=point, evidence=evidence)
     paragraphs = [*_sections(text), *_asked(questions), *_notes(scan)]
     size, lines = _fit(paragraphs)
@@ -178,6 +177,12 @@ def _describe(scan: Scan) -> str:
     kind = scan.modality or ("CT" if scan.units == "HU" else "modality unknown")
     units = ", HU" if scan.units == "HU" else ""
     return f"{kind}{units} · {shape} voxels of {spacing} mm (slices × rows × columns)"
+
+
+def middle_planes(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Axial, coronal and sagittal through the middle of (D, H, W), the head on top."""
+    depth, height, width = (n // 2 for n in volume.shape)
+    return volume[depth], volume[::-1, height], volume[::-1, :, width]
 
 
 # --- what is shown --------------------------------------------------------------------------

@@ -54,6 +54,16 @@ def test_a_report_has_a_map_for_each_sentence_on_the_scans_grid(run, files, tmp_
         assert found.array[tuple(np.rint(place[::-1]).astype(int))] == 100
 
 
+def test_maps_do_not_replace_the_folder_of_the_scan(run, files, tmp_path):
+    scan = tmp_path / "scan.nii.gz"
+    scan.write_bytes((files / "scan.nii.gz").read_bytes())
+    result = run(
+        *("report", scan, "-m", files / "plain", "--max-tokens", 4, "--evidence", tmp_path)
+    )
+    assert result.code == 1 and "holds other things (scan.nii.gz)" in result.err
+    assert scan.read_bytes() == (files / "scan.nii.gz").read_bytes()
+
+
 def test_an_answer_has_one_map(run, files, tmp_path):
     path = tmp_path / "map.nii.gz"
     ask = ("ask", files / "scan.nii.gz", *SIDE, "-m", files / "plain")

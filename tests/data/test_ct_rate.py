@@ -59,7 +59,9 @@ def archive(tmp_path) -> Path:
         for name in names
     ]
     write_table(tmp_path / "metadata.csv", metadata)
-    labels = [{"VolumeName": f"{n}.nii.gz", **{k: int(k == LABELS[9]) for k in LABELS}} for n in names]
+    labels = [
+        {"VolumeName": f"{n}.nii.gz", **{k: int(k == LABELS[9]) for k in LABELS}} for n in names
+    ]
     write_table(tmp_path / "labels.csv", labels)
     return tmp_path
 
@@ -107,3 +109,13 @@ def test_what_is_no_such_archive(tmp_path):
     write_volume(tmp_path / "train_1_a_1.nii.gz", np.zeros((2, 3, 4), np.int16))
     with pytest.raises(SourceError, match="add the reports"):
         read_ct_rate(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["2", "0.5", "-1", "", "nan"])
+def test_a_label_that_is_neither_0_nor_1_is_refused(archive, value):
+    path = archive / "labels.csv"
+    labels = [{"VolumeName": "valid_1_a_1.nii.gz", **dict.fromkeys(LABELS, "1.0")}]
+    write_table(path, labels)
+    assert read_ct_rate(archive)[0].labels == (1,) * len(LABELS)
+    write_table(path, [{**labels[0], LABELS[3]: value}])
+    assert "something but 0 and 1" in read_ct_rate(archive)[0].refusal

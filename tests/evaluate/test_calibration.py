@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from scipy.special import expit, logit
@@ -14,6 +16,7 @@ from med3dvlm.evaluate.calibration import (
     calibration_error,
     calibration_table,
 )
+from med3dvlm.hub import load, resolve
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,15 @@ def test_a_file_is_read_back_or_refused(tmp_path):
     (tmp_path / "c.json").write_text('{"format": 1}')
     with pytest.raises(CalibrationError, match="is no calibration"):
         Calibration.load(tmp_path / "c.json")
+
+
+def test_a_model_with_its_calibration_beside_it_is_loaded(tmp_path):
+    folder = tmp_path / "search"
+    shutil.copytree(resolve("demo") / "dual_encoder", folder)
+    dual = load(folder, part="search")
+    made_for = (dual.label, dual.fingerprint(), dual.preparation.fingerprint())
+    prompts = (("There is {finding}.", "There is no {finding}."),)
+    Calibration(*made_for, prompts, {}, Platt(0.5)).save(folder / "calibration.json")
+    again = load(folder, part="search")
+    assert again.calibration is None
+    Calibration.load(folder / "calibration.json").check_model(again)

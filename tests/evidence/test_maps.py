@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from med3dvlm.evidence import METHODS, as_scan, evidence_map, explain, query_target
 from med3dvlm.evidence.faithfulness import area, block_order, curves, distance_mm, share_within
-from med3dvlm.evidence.maps import occlusion
+from med3dvlm.evidence.maps import occlusion, save_report_maps
 from med3dvlm.evidence.targets import answer_target, report_targets, text_target, token_log_probs
 from med3dvlm.models import DCFormer, DCFormerConfig
 from med3dvlm.scan import (
@@ -207,7 +208,7 @@ def test_a_vit_is_explained_too():
     )
     encoder = ViT3D(config).eval()
     volume = torch.rand(1, 1, 16, 32, 32)
-    values = evidence_map(encoder, volume, lambda streams: streams[-1][:, 0].sum(1))
+    values = evidence_map(encoder, volume, lambda streams: streams[-1][:, 0, 0])
     assert values.shape == (16, 32, 32) and values.max() == pytest.approx(1)
 
 
@@ -286,6 +287,16 @@ def test_nothing_to_see_is_an_empty_map():
         lambda s: 0 * s[0].sum(dim=(1, 2, 3, 4)),
         method="occlusion",
     ).any()
+
+
+def test_a_map_of_what_the_model_does_not_look_at_peaks_nowhere(tmp_path):
+    blind = tiny.vlm()
+    for parameter in blind.projector.parameters():
+        torch.nn.init.zeros_(parameter)
+    save_report_maps(blind, tiny.scan(1), "The heart is enlarged.", tmp_path / "maps")
+    (entry,) = json.loads((tmp_path / "maps" / "evidence.json").read_text())["sentences"]
+    assert not read_scan(tmp_path / "maps" / entry["file"]).array.any()
+    assert entry["peak_lps_mm"] is None
 
 
 def test_as_scan_keeps_the_geometry():

@@ -20,9 +20,11 @@ from med3dvlm.evaluate.zero_shot import auroc
 from med3dvlm.experiment import ExperimentError, follow, load_experiment, outcome
 from med3dvlm.experiment.follow import read_cost, read_scores
 from med3dvlm.experiment.scores import Auroc, Ratio, difference, from_dict
+from med3dvlm.experiment.spec import Experiment, Planned
 from med3dvlm.hub import load
-from med3dvlm.train import begin, load_recipe
+from med3dvlm.train import Recipe, begin, load_recipe
 from med3dvlm.train.plan import step_flop
+from med3dvlm.train.recipe import DataRecipe, TrainingRecipe
 
 CONTRASTIVE = {
     "stage": "contrastive",
@@ -351,3 +353,11 @@ def test_a_difference_is_paired_over_studies_and_knows_the_seeds():
     seeds = [Ratio.mean(row + step) for row, step in zip(hard, (0.0, 0.1, 0.2), strict=True)]
     mean, low, high = difference(first, seeds)
     assert mean == pytest.approx(0.1) and low == pytest.approx(0) and high == pytest.approx(0.2)
+
+
+def test_a_budget_is_what_the_trainer_will_see():
+    """20 studies, 5 batches, 3 steps of two batches each epoch, the last of one."""
+    training = TrainingRecipe(batch_size=4, accumulation=2, epochs=2)
+    recipe = Recipe(training=training, data=DataRecipe(phantoms=20))
+    planned = Planned(Experiment(), Path(), {(0, "run"): recipe})
+    assert training.steps(20) == 6 and planned.studies_seen(0, "run") == 48

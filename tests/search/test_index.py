@@ -27,6 +27,7 @@ from med3dvlm.search import (
 )
 from med3dvlm.search.index import make_entry
 from med3dvlm.search.map import write_map
+from med3dvlm.search.sheet import HEIGHT, middle_slices
 from tests.search.embedder import DIM, Histogram
 
 REPO = Path(__file__).parents[2]
@@ -344,8 +345,11 @@ def test_a_rebuild_that_was_stopped_goes_on(archive, tmp_path):
     with pytest.raises(RuntimeError):
         rebuild_index(tmp_path / "i", Breaks("other", "bbbb"), how=how)
     assert len(SearchIndex.open(tmp_path / "i", model=Histogram())) == 5
+    taken = SearchIndex.open(tmp_path / "i").remove([str(archive / "v0.npy")])  # made already
     other = Histogram("other", "bbbb")
-    assert rebuild_index(tmp_path / "i", other, how=how).total == 5 and other.seen == 1
+    assert taken == 1
+    assert rebuild_index(tmp_path / "i", other, how=how).total == 4 and other.seen == 1
+    assert "v0" not in {study.id for study in studies(tmp_path / "i")}
 
 
 def damage_bits(folder):
@@ -420,8 +424,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for row in (np.ones((1, 16)), np.ones(15), np.full(16, np.inf)):
         with pytest.raises(SearchIndexError, match="finite numbers"):
             index.put([make_entry(Study("a", "a", ""), row, None)])
-    with pytest.raises(SearchIndexError, match="the text is empty"):
-        index.search("  ")
+    for empty in ("", "  "):
+        with pytest.raises(SearchIndexError, match="the text is empty"):
+            index.search(empty)
     with pytest.raises(SearchIndexError, match="nothing is asked"):
         index.search()
 
@@ -514,6 +519,15 @@ def test_a_prepared_store_is_indexed_without_its_scans(archive, tmp_path):
     study = studies(tmp_path / "i")[3]
     assert (study.path, study.report) == (f"{store}#s3", "No nodule.")
     assert study.metadata["split"] == "test"
+    picture = middle_slices(study.path)
+    assert picture.height == HEIGHT and max(picture.getdata()) > 200
+    with pytest.raises(SearchIndexError, match="holds no study 's9' any more"):
+        middle_slices(f"{store}#s9")
+    remote = f"file://{store}"
+    build_index(remote, model, tmp_path / "remote")
+    found = studies(tmp_path / "remote")[3]
+    assert found.path == f"{remote}#s3"
+    assert middle_slices(found.path).tobytes() == picture.tobytes()
     other = Histogram()
     other.preparation = Preparation(size=(4, 8, 8))
     refused = build_index_fails(store, other, tmp_path / "j")
@@ -565,6 +579,12 @@ def test_a_report_of_several_lines_survives_a_spreadsheet(archive):
     (source,) = find_scans(archive / "m.csv")
     assert source.report == "Findings: one.\nImpression: two."
     assert source.metadata == {"age": "61"}
+
+
+def test_a_manifest_that_gives_two_scans_one_id_is_refused(archive):
+    (archive / "m.csv").write_text("path,id\nv0.npy,a\nv2.npy,a\n")
+    with pytest.raises(SourceError, match=r"m.csv, row 2: id 'a' is there a second time"):
+        find_scans(archive / "m.csv")
 
 
 def test_a_manifest_cannot_point_outside_its_folder(archive):

@@ -13,6 +13,7 @@ import typer
 
 from med3dvlm.cli import common
 from med3dvlm.cli.common import DeviceOption, JsonOption, ModelOption, PrecisionOption, grouped
+from med3dvlm.notice import provenance
 
 if TYPE_CHECKING:
     from med3dvlm.search import BuildResult, Hit, How
@@ -122,7 +123,7 @@ def _print_result(location: str, result: BuildResult, dual: Any, *, as_json: boo
                 "unchanged": result.unchanged,
                 "refused": [{"path": p, "reason": r} for p, r in result.refused],
                 "damage": result.damage,
-                **common.provenance(dual),
+                **provenance(dual),
             }
         )
         return
@@ -312,7 +313,7 @@ def search(
                 "query": {"text": text, "scan": scan, "where": where or [], "page": page},
                 "understood": understood,
                 "hits": [_hit(hit) for hit in hits],
-                **common.provenance(dual),
+                **provenance(dual),
                 "notice": common.notice(dual),
             }
         )
@@ -346,7 +347,7 @@ def _show(
         return
     from med3dvlm.search.sheet import draw_sheet, write_page
 
-    facts = common.provenance(dual)
+    facts = provenance(dual)
     made = f"Model {facts['model']}, weights {facts['weights']}, preparation {facts['preparation']}"
     footer = f"{made}. {common.notice(dual)}"
     for path, draw in ((picture, draw_sheet), (page, write_page)):
@@ -376,11 +377,12 @@ def _understood(text: str) -> dict[str, Any]:
 def _explain_hits(dual: Any, hits: Any, query: Any, folder: Path) -> None:
     """A map for each hit, by its rank: what of its scan is like the query."""
     from med3dvlm.evidence import as_scan, explain, query_target
+    from med3dvlm.evidence.maps import FILES
     from med3dvlm.files import atomic_folder
     from med3dvlm.scan import save_nifti
 
     target = query_target(dual, query)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, ours=FILES) as temporary:
         for hit in hits:
             scan = common.read_with_warnings(hit.path)
             values = explain(dual, scan, target)

@@ -10,6 +10,7 @@ import typer
 from med3dvlm.cli import common
 from med3dvlm.cli.common import DeviceOption, FrameOption, JsonOption, ModelOption, SeriesOption
 from med3dvlm.cli.read import ScanArgument
+from med3dvlm.notice import provenance
 
 PresentOption = Annotated[
     list[str] | None, typer.Option(help="Prompt for a finding that is there; repeatable.")
@@ -71,7 +72,7 @@ def classify(
                 "scan": read.source,
                 "findings": shown,
                 **how,
-                **common.provenance(dual),
+                **provenance(dual),
                 "warnings": list(read.warnings),
                 "notice": common.notice(dual),
             }

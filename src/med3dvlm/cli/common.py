@@ -206,15 +206,6 @@ def _load(name: str, device: str, part: str, precision: str | None) -> Any:
         return load(name, part=part, device=device, precision=precision)
 
 
-def provenance(model: Any) -> dict[str, str]:
-    """What made a result: the model, its weights' hash, its preparation's."""
-    return {
-        "model": model.label,
-        "weights": model.fingerprint(),
-        "preparation": model.preparation.fingerprint(),
-    }
-
-
 def notice(model: Any) -> str:
     """The sentence that every result carries."""
     return notice_of(model.label)

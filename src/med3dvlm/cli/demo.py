@@ -50,7 +50,7 @@ def demo(
     _report(out, vlm, phantom, output / "phantom.png", "The model's draft")
 
     out.rule("3. Search")
-    _search(out, dual, output, path, study.caption)
+    _search(out, dual, output, read, study.caption)
 
     out.rule("Next")
     out.print("med3dvlm report YOUR_DICOM_FOLDER --picture out.png", markup=False)
@@ -92,13 +92,12 @@ def _questions(out: Console, vlm: Any, scan: Any) -> None:
     out.print(f"[bold]{question}[/bold] {escape(answer)}  ({shares})")
 
 
-def _search(out: Console, dual: Any, output: Path, real_ct: str, text: str) -> None:
+def _search(out: Console, dual: Any, output: Path, scan: Any, text: str) -> None:
     from med3dvlm.data.phantoms import write_studies
-    from med3dvlm.scan import read_scan
     from med3dvlm.search import How, SearchIndex, build_index
 
     archive = output / "archive"
-    if not archive.is_dir():
+    if not (archive / "manifest.jsonl").is_file():  # written last
         with common.progress_bar("writing phantoms") as progress:
             write_studies(PHANTOMS, archive, layout="nifti", split="test", progress=progress)
     with common.progress_bar("embedding") as progress:
@@ -106,7 +105,7 @@ def _search(out: Console, dual: Any, output: Path, real_ct: str, text: str) -> N
     index = SearchIndex.open(output / "demo.index", model=dual)
     for label, query in (
         (f'"{text}"', {"text": text}),
-        (f"studies like {Path(real_ct).name}", {"vector": dual.embed_scans(read_scan(real_ct))[0]}),
+        (f"studies like {Path(scan.source).name}", {"vector": dual.embed_scans(scan)[0]}),
     ):
         out.print(f"[bold]{escape(label)}[/bold]")
         for hit in index.search(top=3, **query):

@@ -11,6 +11,7 @@ import typer
 
 from med3dvlm.cli import common
 from med3dvlm.cli.common import JsonOption, ModelOption, SeriesOption
+from med3dvlm.notice import provenance
 
 if TYPE_CHECKING:
     from med3dvlm.hospital import Report, SourceImages
@@ -98,8 +99,7 @@ def evidence(
     from med3dvlm.hospital import Model, parametric_map, save_object, segmentation
 
     source, values = _source(scan, series), common.read_with_warnings(map_file)
-    facts = common.provenance(common.load_exact_language_model(model))
-    who = Model(name=facts["model"], weights=facts["weights"], preparation=facts["preparation"])
+    who = Model.of(provenance(common.load_exact_language_model(model)))
     make = {"seg": segmentation, "parametric-map": parametric_map}[to]
     save_object(make(values, source, model=who, about=about), output)
     _done(output, to, source, as_json=as_json)

@@ -19,7 +19,7 @@ from med3dvlm.cli.common import (
     SeriesOption,
     grouped,
 )
-from med3dvlm.notice import CANNOT_TELL
+from med3dvlm.notice import CANNOT_TELL, provenance
 
 if TYPE_CHECKING:
     from med3dvlm.models import Med3DVLM
@@ -324,14 +324,15 @@ def _save_map(vlm: Any, scan: Any, target: Any, method: str, path: Path) -> Any:
 def draw(scan: Any, text: str, path: Path, vlm: Any, *, evidence: Any = None) -> None:
     from med3dvlm.picture import draw_report
 
+    made = provenance(vlm)
     draw_report(
         scan,
         text,
         path,
         evidence=evidence,
         title=Path(scan.source).name or scan.source,
-        footer=f"Model {vlm.label} · weights {vlm.fingerprint()} · "
-        f"preparation {vlm.preparation.fingerprint()}\n{common.notice(vlm)}",
+        footer=f"Model {made['model']} · weights {made['weights']} · "
+        f"preparation {made['preparation']}\n{common.notice(vlm)}",
     )
     common.note(f"picture: {path}")
 
@@ -340,7 +341,7 @@ def _result(vlm: Any, scan: Any, **result: Any) -> dict[str, Any]:
     return {
         "scan": scan.source,
         **result,
-        **common.provenance(vlm),
+        **provenance(vlm),
         "warnings": list(scan.warnings),
         "notice": common.notice(vlm),
     }

@@ -183,11 +183,10 @@ def _source(
     report = _report(reports[name])
     if not report:
         return replace(source, refusal=f"{path}: its report is empty.")
-    try:
-        told = tuple(int(float(labels[name][label])) for label in LABELS) if name in labels else ()
-    except (TypeError, ValueError):
+    told = [_number(labels[name][label]) for label in LABELS] if name in labels else []
+    if not set(told) <= {0, 1}:
         return replace(source, refusal=f"{path}: its row of labels holds something but 0 and 1.")
-    return replace(source, report=report, labels=told)
+    return replace(source, report=report, labels=tuple(map(int, told)))
 
 
 def _report(row: dict[str, Any]) -> str:

@@ -189,11 +189,14 @@ def _questions(row: dict[str, Any], *, yes_no: bool) -> Iterable[dict[str, Any]]
             raise ValueError(f"the answer {answer!r} is neither yes nor no.")
         return [_question(text, answer.lower().rstrip("."), "yes_no", kind)]
     choices = [str(row.get(f"Choice {letter}") or "").strip() for letter in LETTERS]
-    choices = [choice for choice in choices if choice]
+    while choices and not choices[-1]:
+        choices.pop()
     letter = str(row.get("Answer Choice") or "").strip().upper()[:1]
     opened = _question(text, answer, "open", kind)
     if not choices:
         return [opened]
+    if not all(choices):
+        raise ValueError("a choice before others is empty, so their letters are not known.")
     if not letter or letter not in LETTERS[: len(choices)]:
         raise ValueError(f"the answer choice {letter!r} is none of the {len(choices)} choices.")
     return [_question(text, answer, "closed", kind, choices, letter), opened]

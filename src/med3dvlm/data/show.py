@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from med3dvlm.data.store import Store
 from med3dvlm.files import atomic_file
+from med3dvlm.picture import middle_planes
 
 COLUMNS = 4  # studies side by side on a sheet
-PLANES = ("axial", "coronal", "sagittal")
 
 
 def contact_sheet(store: Store, indices: Sequence[int], path: Path | str) -> None:
@@ -48,18 +48,8 @@ def contact_sheet(store: Store, indices: Sequence[int], path: Path | str) -> Non
 
 def _middle_slices(store: Store, index: int) -> list[tuple[np.ndarray, float]]:
     """(pixels, height of a pixel against its width) of each plane."""
-    volume = store.volume(index)
-    depth, height, width = (n // 2 for n in volume.shape)
-    z, y, x = store.preparation.spacing_mm or (1.0, 1.0, 1.0)
-    if store.preparation.spacing_mm is None:  # stretched: show the cube it was made from
-        shape = store.study(index)["original_shape"]
-        mm = store.study(index)["spacing_mm"]
-        z, y, x = (s * n / m for s, n, m in zip(mm, shape, volume.shape, strict=True))
-    return [
-        (volume[depth], y / x),
-        (volume[::-1, height], z / x),
-        (volume[::-1, :, width], z / y),
-    ]
+    z, y, x = store.voxel_mm(index)
+    return list(zip(middle_planes(store.volume(index)), (y / x, z / x, z / y), strict=True))
 
 
 def statistics(store: Store) -> dict[str, Any]:

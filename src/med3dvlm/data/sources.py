@@ -251,6 +251,7 @@ def _outside(path: Path) -> Source:
 def _from_manifest(manifest: Path, allow_outside: bool) -> list[Source]:
     root = manifest.parent.resolve()
     found: dict[Path, Source] = {}
+    ids: set[str] = set()
     for number, row in enumerate(read_table(manifest), start=1):
         where = f"{manifest}, row {number}"
         given = next((row[key] for key in PATH_COLUMNS if row.get(key)), None)
@@ -267,13 +268,17 @@ def _from_manifest(manifest: Path, allow_outside: bool) -> list[Source]:
             )
         if path in found:
             raise SourceError(f"{where}: {given!r} is there a second time; remove one.")
+        name = str(row.get("id") or given)
+        if name in ids:
+            raise SourceError(f"{where}: id {name!r} is there a second time; give each its own.")
+        ids.add(name)
         extra = {
             str(key): value
             for key, value in row.items()
             if key not in OWN_COLUMNS and isinstance(value, str | int | float | bool)
         }
         found[path] = Source(
-            str(row.get("id") or given),
+            name,
             path,
             str(row.get("report") or ""),
             extra,

@@ -257,6 +257,15 @@ class Store:
         row["metadata"] = json.loads(row["metadata"] or "{}")
         return row
 
+    def voxel_mm(self, index: int) -> tuple[float, float, float]:
+        """(z, y, x) distance of a study's prepared voxels; crops are not taken into account."""
+        if self.preparation.spacing_mm is not None:
+            return self.preparation.spacing_mm
+        row = self.study(index)  # stretched: the cube it was made from
+        mm, shape = row["spacing_mm"], row["original_shape"]
+        z, y, x = (s * n / m for s, n, m in zip(mm, shape, self.preparation.size, strict=True))
+        return z, y, x
+
     def index_of(self, study_id: str) -> int:
         """The number of a study.
 

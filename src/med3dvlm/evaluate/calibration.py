@@ -16,6 +16,7 @@ from scipy.special import expit, logit
 from med3dvlm.evaluate.statistics import interval_of
 from med3dvlm.evaluate.tables import Row
 from med3dvlm.files import write_json
+from med3dvlm.notice import provenance
 
 FORMAT = 1
 BINS = 15
@@ -88,12 +89,13 @@ class Calibration:
 
     def check_model(self, model: Any) -> None:
         """Raises CalibrationError if it was fitted for another model, naming both."""
-        now = (model.fingerprint(), model.preparation.fingerprint())
-        if (self.weights, self.preparation) != now:
+        now = provenance(model)
+        if (self.weights, self.preparation) != (now["weights"], now["preparation"]):
             raise CalibrationError(
                 f"the calibration was fitted for model {self.model!r} (weights {self.weights}, "
-                f"preparation {self.preparation}), not for {model.label!r} (weights {now[0]}, "
-                f"preparation {now[1]}): fit it again with med3dvlm train calibration."
+                f"preparation {self.preparation}), not for {now['model']!r} (weights "
+                f"{now['weights']}, preparation {now['preparation']}): fit it again with med3dvlm "
+                "train calibration."
             )
 
     def save(self, path: Path | str) -> None:

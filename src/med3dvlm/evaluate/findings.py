@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from med3dvlm.data.assertions import Status, Term, read_assertions
+from med3dvlm.data.phantoms import PHANTOM_TERMS
 
 ARTERY = r"(?:aort\w*|carotid\w*|subclavian|brachiocephalic|supra-?aortic|arterial walls?)"
 CORONARY = r"(?:coronar\w*|\bLAD\b|left anterior descending|circumflex)"
@@ -71,6 +72,8 @@ CT_RATE_TERMS: dict[str, Term] = {
         unlike=r"(?:nasal|interventricular|interatrial) sept\w+",
     ),
 }
+
+VOCABULARIES: dict[str, Mapping[str, Term]] = {"phantoms": PHANTOM_TERMS, "ct-rate": CT_RATE_TERMS}
 
 
 def extract_findings(text: str, terms: Mapping[str, Term] = CT_RATE_TERMS) -> dict[str, Status]:

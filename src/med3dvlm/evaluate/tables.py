@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -50,9 +49,6 @@ class Table:
         writer.writeheader()
         writer.writerows(self.to_list())
         return text.getvalue()
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_list(), indent=2, ensure_ascii=False)
 
     def to_list(self) -> list[Row]:
         """The rows with NaN and infinities as None: JSON has no word for them."""

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from med3dvlm.data.assertions import Term, read_assertions
 from med3dvlm.data.laterality import swap_sides
-from med3dvlm.data.phantoms import PHANTOM_TERMS
-from med3dvlm.evaluate.findings import CT_RATE_TERMS
+from med3dvlm.evaluate.findings import VOCABULARIES
 from med3dvlm.files import write_json
 from med3dvlm.notice import CANNOT_TELL
 from med3dvlm.sentences import Sentence, split_report
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from med3dvlm.models import Answer, Med3DVLM
 
 FILE = "calibration.json"
-VOCABULARIES: dict[str, Mapping[str, Term]] = {"phantoms": PHANTOM_TERMS, "ct-rate": CT_RATE_TERMS}
 MOST = 8.0  # log-odds beyond which nothing gets surer
 BATCH = 8  # questions at a time
 ANSWERS = ["yes", "no"]

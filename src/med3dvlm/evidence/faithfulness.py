@@ -11,6 +11,7 @@ from torch import Tensor
 
 from med3dvlm.evidence.maps import BATCH, blurred
 from med3dvlm.evidence.targets import Target
+from med3dvlm.scan import peak_of
 
 TOLERANCE_MM = 15.0  # as published: 15 pixels of a photograph (Zhang et al., IJCV 2018)
 BLOCK = 12  # blocks along each side of a volume
@@ -27,9 +28,9 @@ def distance_mm(
     """
     if not mask.any():
         raise ValueError("the truth has no voxel: nothing can be pointed at.")
-    if not values.max() > 0:
+    peak = peak_of(values)
+    if peak is None:
         return float("inf")
-    peak = np.unravel_index(int(values.argmax()), values.shape)
     steps = (np.argwhere(mask) - np.array(peak)) * np.array(spacing_mm)
     return float(np.linalg.norm(steps, axis=1).min())
 

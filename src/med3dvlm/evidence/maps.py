@@ -19,7 +19,7 @@ from med3dvlm.data.sources import Progress
 from med3dvlm.evidence.targets import Target, report_targets
 from med3dvlm.files import atomic_folder, write_json
 from med3dvlm.models import DCFormer, ViT3D
-from med3dvlm.scan import Scan, save_nifti, to_scan_grid
+from med3dvlm.scan import Scan, peak_of, save_nifti, to_scan_grid
 from med3dvlm.sentences import split_report
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FLOOR = 0.05  # of a layer's map in the product, so that one blind layer does not blind the others
 STEPS = 16  # of the path of integrated gradients
 WINDOWS = 4  # occluding boxes have a quarter of each side, and move by half of that
+FILES = ("[0-9][0-9].nii.gz", "[0-9][0-9][0-9].nii.gz", "evidence.json")  # of a folder of maps
 BATCH = 8  # volumes at a time where a method needs many
 
 
@@ -59,24 +60,23 @@ def save_report_maps(
 ) -> None:
     """Write a map for each sentence of a report: 01.nii.gz, 02.nii.gz, …, and evidence.json.
 
-    3-D files, since viewers lay such over a scan and take a fourth axis for time. The folder
-    appears when all is written, in place of an older one.
+    evidence.json says where each is highest, null for one that is all zero. 3-D files, since
+    viewers lay such over a scan and take a fourth axis for time. The folder appears when all is
+    written, in place of an older one.
     """
     sentences, listing = split_report(report), []
     targets = report_targets(model, report, prompt=prompt)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, ours=FILES) as temporary:
         for number, (sentence, target) in enumerate(zip(sentences, targets, strict=True), 1):
             values = explain(model, scan, target, method=method)
             name = f"{number:02d}.nii.gz"
             save_nifti(as_scan(scan, values), temporary / name)
-            z, y, x = np.unravel_index(int(values.argmax()), values.shape)
-            peak = scan.affine @ [x, y, z, 1]
             listing.append(
                 {
                     "file": name,
                     "sentence": sentence.text,
                     "section": sentence.section,
-                    "peak_lps_mm": [round(float(mm), 1) for mm in peak[:3]],
+                    "peak_lps_mm": _place_mm(scan, peak_of(values)),
                 }
             )
             if progress:
@@ -84,6 +84,13 @@ def save_report_maps(
         about = {"scan": scan.source, "method": method, "unit": "percent of the map's most"}
         about |= {"model": model.label, "weights": model.fingerprint()}
         write_json(temporary / "evidence.json", {**about, "sentences": listing})
+
+
+def _place_mm(scan: Scan, voxel: tuple[int, int, int] | None) -> list[float] | None:
+    """(x, y, z) LPS mm of a voxel (z, y, x)."""
+    if voxel is None:
+        return None
+    return [round(float(mm), 1) for mm in (scan.affine @ [*voxel[::-1], 1])[:3]]
 
 
 def as_scan(scan: Scan, values: np.ndarray) -> Scan:
@@ -129,12 +136,13 @@ def layercam(encoder: Any, volume: Tensor, target: Target) -> np.ndarray:
     At every place of a layer, the activations weighted by their positive gradients. Fine layers
     say where exactly, coarse ones what belongs together; evidence is what all of them show.
     """
-    layers = _layers(encoder)
-    product = np.ones(volume.shape[2:])
-    for layer, (active, gradient) in zip(layers, _seen(encoder, volume, target), strict=True):
+    product, nothing = np.ones(volume.shape[2:]), 1.0
+    seen = _seen(encoder, volume, target)
+    for layer, (active, gradient) in zip(_layers(encoder), seen, strict=True):
         found = (gradient.clamp(min=0) * active).sum(0).clamp(min=0)
-        product *= _spread(found, layer, volume.shape[2:]) + FLOOR
-    return product - FLOOR ** len(layers)
+        product *= _spread(found, layer, volume.shape[2:]).astype(float) + FLOOR
+        nothing *= FLOOR  # rounded as the product is, or what is left would be taken for a map
+    return product - nothing
 
 
 def grad_cam(encoder: Any, volume: Tensor, target: Target) -> np.ndarray:

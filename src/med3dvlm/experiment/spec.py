@@ -133,12 +133,8 @@ class Planned:
     def studies_seen(self, seed: int, name: str) -> int:
         recipe = self.recipes[seed, name]
         training = recipe.training
-        batch = training.batch_size * training.accumulation
-        steps = training.max_steps
-        if steps <= 0:
-            batches = recipe.data.phantoms // training.batch_size
-            steps = -(-int(training.epochs * batches) // training.accumulation)
-        return steps * batch
+        steps = training.steps(recipe.data.phantoms)
+        return steps * training.batch_size * training.accumulation
 
 
 def load_experiment(

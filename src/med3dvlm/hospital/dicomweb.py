@@ -285,7 +285,7 @@ class Pacs:
         if wanted is None:
             wanted = [one.series_uid for one in self.series(study_uid)]
         total = 0
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, ours=("[0-9][0-9][0-9][0-9]",)) as temporary:
             left = self.address.limit_bytes
             for number, uid in enumerate(wanted, 1):
                 place = temporary / f"{number:04d}"

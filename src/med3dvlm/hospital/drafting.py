@@ -16,7 +16,7 @@ import requests
 from med3dvlm.files import atomic_folder, write_json
 from med3dvlm.hospital.report import Line, Model, Report, Signature
 from med3dvlm.hospital.watch import Taken, TryLater
-from med3dvlm.notice import notice_of
+from med3dvlm.notice import notice_of, provenance
 from med3dvlm.scan import Scan, read_scan
 
 if TYPE_CHECKING:
@@ -37,11 +37,7 @@ def draft_report(model: Med3DVLM, scan: Scan) -> Report:
     facts = {
         "created": datetime.now(UTC),
         "notice": notice_of(model.label),
-        "model": Model(
-            name=model.label,
-            weights=model.fingerprint(),
-            preparation=model.preparation.fingerprint(),
-        ),
+        "model": Model.of(provenance(model)),
     }
     if model.calibration is None:
         return Report.from_text(text, **facts)
@@ -83,16 +79,14 @@ def report_of_dict(given: Mapping[str, Any], *, signature: Signature | None = No
     """
     try:
         model = given.get("model")
-        if isinstance(model, str):
-            model = {
-                "name": model,
-                "weights": given["weights"],
-                "preparation": given["preparation"],
-            }
+        if isinstance(model, Mapping):
+            model = Model(**model)
+        elif model:
+            model = Model.of(given)
         facts: dict[str, Any] = {
             "created": _time(given.get("created")),
             "notice": str(given.get("notice", "")),
-            "model": Model(**model) if model else None,
+            "model": model or None,
             "language": str(given.get("language", "en")),
             "signature": signature,
         }

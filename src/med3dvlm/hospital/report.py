@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
+from typing import Any
 
 from med3dvlm.sentences import SECTIONS, split_report
 
@@ -30,6 +31,11 @@ class Model:
     name: str
     weights: str
     preparation: str
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Model:
+        """From what :func:`med3dvlm.notice.provenance` tells of a model."""
+        return cls(name=facts["model"], weights=facts["weights"], preparation=facts["preparation"])
 
     def __str__(self) -> str:
         preparation = f", preparation {self.preparation}" if self.preparation else ""

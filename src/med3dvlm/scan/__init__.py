@@ -1,6 +1,7 @@
 """Scans: reading every common format into one canonical volume, and preparing it for a model."""
 
 from med3dvlm.scan.dicom_pixels import decode_slice
+from med3dvlm.scan.geometry import peak_of
 from med3dvlm.scan.prepare import (
     PRESETS,
     Preparation,
@@ -21,6 +22,7 @@ __all__ = [
     "ScanError",
     "compare_preparations",
     "decode_slice",
+    "peak_of",
     "prepare",
     "prepared_affine",
     "read_scan",

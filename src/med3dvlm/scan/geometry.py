@@ -26,6 +26,12 @@ def spacing_of(affine: np.ndarray) -> tuple[float, float, float]:
     return float(z), float(y), float(x)
 
 
+def peak_of(values: np.ndarray) -> tuple[int, int, int] | None:
+    """The voxel (z, y, x) where a map is highest; None for one that is nowhere above 0."""
+    z, y, x = (int(n) for n in np.unravel_index(int(values.argmax()), values.shape))
+    return (z, y, x) if values[z, y, x] > 0 else None
+
+
 def check_affine(name: str, affine: np.ndarray) -> None:
     """Refuse an affine that places no volume in space.
 

@@ -248,6 +248,8 @@ def rebuild_index(location: Path | str, model: Embedder, *, how: How | None = No
     build = _Build(_pending(place, head, made), model, how)
     seen: dict[str, int] = {}
     if old.table is not None:
+        if build.index.table is not None:  # what was removed since it was killed goes here, too
+            seen = dict.fromkeys((e.study.path for e in build.index.entries([])), -1)
         _take_over(old, build, seen, damage, copy=same)
     if damage:
         _look_again(head["sources"], build)

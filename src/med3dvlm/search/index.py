@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from med3dvlm.data.assertions import part_text
+from med3dvlm.notice import provenance
 from med3dvlm.search.database import Place, Ranked, Table, place_of
 from med3dvlm.search.query import (
     Condition,
@@ -204,7 +205,9 @@ class SearchIndex:
         depth = DEPTH
         while depth < 2 * last:
             depth *= 2
-        words = Words(text, text) if plain and text else read_words(text) if text else None
+        words = None if text is None else read_words(text)
+        if words is not None and plain:
+            words = Words(words.text, words.text)
         query = self._query(words, vector)
         lists = self._lists(table, words, query, conditions, depth, plain)
         chosen = fuse(lists)[last - top : last]
@@ -381,12 +384,7 @@ def read_head(place: Place) -> dict[str, Any]:
 
 
 def made_by(model: Embedder) -> dict[str, Any]:
-    return {
-        "model": model.label,
-        "weights": model.fingerprint(),
-        "preparation": model.preparation.fingerprint(),
-        "preparation_settings": model.preparation.to_dict(),
-    }
+    return {**provenance(model), "preparation_settings": model.preparation.to_dict()}
 
 
 def make_entry(study: Study, vector: np.ndarray, report_vector: np.ndarray | None) -> Entry:

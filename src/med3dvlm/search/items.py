@@ -84,6 +84,16 @@ class StoredItem:
     def study(self, sha256: str, facts: dict[str, Any]) -> Study:
         return Study(self.id, self.path, sha256, self.report, {**facts, **self.metadata})
 
+    def stored(self) -> tuple[Store, int]:
+        """The store, and the study's number in it.
+
+        Raises:
+            SearchIndexError: if the store has no such study any more.
+        """
+        if self.refusal:
+            raise SearchIndexError(self.refusal)
+        return _store(self.location), self.number
+
 
 Item = ScanItem | StoredItem
 

@@ -14,9 +14,9 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from med3dvlm.files import atomic_file
-from med3dvlm.picture import SOFT_TISSUE
+from med3dvlm.picture import SOFT_TISSUE, middle_planes
 from med3dvlm.scan import Scan, ScanError, read_scan
-from med3dvlm.search.items import IN_STORE, item_of
+from med3dvlm.search.items import StoredItem, item_of
 from med3dvlm.search.study import Hit, Study
 
 HEIGHT, GAP, MARGIN = 180, 8, 24  # pixels
@@ -113,14 +113,9 @@ def _strip(
     volume: np.ndarray, spacing_mm: tuple[float, float, float], window: tuple[float, float]
 ) -> Image.Image:
     (z, y, x), (low, high) = spacing_mm, window
-    depth, height, width = (n // 2 for n in volume.shape)
-    planes = [
-        (volume[depth], y, x),
-        (volume[::-1, height], z, x),
-        (volume[::-1, :, width], z, y),
-    ]
     pictures = []
-    for pixels, down, across in planes:
+    steps = ((y, x), (z, x), (z, y))
+    for pixels, (down, across) in zip(middle_planes(volume), steps, strict=True):
         rows, columns = pixels.shape
         grey = np.clip((pixels - low) * (255 / max(high - low, 1e-6)), 0, 255).astype(np.uint8)
         wide = max(1, min(3 * HEIGHT, round(HEIGHT * columns * across / (rows * down))))
@@ -138,23 +133,11 @@ def _volume(
     path: str,
 ) -> tuple[np.ndarray, tuple[float, float, float], tuple[float, float]]:
     """(D, H, W), mm between voxels along each axis, lowest and highest value shown."""
-    location, mark, name = path.rpartition(IN_STORE)
-    if (
-        mark
-        and not item_of(Study("", path, "")).refusal
-        and (Path(location) / "store.json").is_file()
-    ):
-        from med3dvlm.data.store import Store
-
-        store = Store(location)
-        number = store.index_of(name)
-        volume, row = store.volume(number), store.study(number)
-        spacing = [
-            mm * n / m
-            for mm, n, m in zip(row["spacing_mm"], row["original_shape"], volume.shape, strict=True)
-        ]
-        z, y, x = store.preparation.spacing_mm or spacing
-        return volume, (z, y, x), (store.quantisation.low, store.quantisation.high)
+    item = item_of(Study("", path, ""))
+    if isinstance(item, StoredItem):
+        store, number = item.stored()
+        values = store.quantisation
+        return store.volume(number), store.voxel_mm(number), (values.low, values.high)
     return _shown(read_scan(path))
 
 

@@ -7,7 +7,6 @@ run there stops the plan. What is generated for it lies in a temporary folder th
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import tempfile
 import time
@@ -134,10 +133,7 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     fitting = max(1, min(settings.batch_size, int(TIMED_BYTES / max(activations, 1))))
     step = _step_seconds(job, fitting, settings.precision) * settings.batch_size / fitting
     step *= settings.accumulation
-    batches = count // settings.batch_size
-    steps = settings.max_steps
-    if steps <= 0:
-        steps = math.ceil(settings.epochs * math.ceil(batches / settings.accumulation))
+    steps = settings.steps(count)
     encoding = job.encoding_s * count / len(job.dataset)
     seconds = steps * step + encoding
     notes = [

@@ -24,10 +24,12 @@ from med3dvlm.evaluate.calibration import Platt, calibration_table
 from med3dvlm.evaluate.tables import Results, Row
 from med3dvlm.evaluate.zero_shot import classification_table
 from med3dvlm.files import atomic_folder
+from med3dvlm.notice import provenance
 from med3dvlm.search import SearchIndex
 
 FORMAT = 1
 SETTINGS, WEIGHTS = "probe.json", "probe.safetensors"
+FILES = (SETTINGS, WEIGHTS, "results.json", "results.md", "*.csv")
 FOLDS = 5
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 KEYS = ("path", "id")
@@ -63,13 +65,13 @@ class Probe:
 
     def check_model(self, model: Any) -> None:
         """Raises ProbeError if it was trained for another model, naming both."""
-        now = {"weights": model.fingerprint(), "preparation": model.preparation.fingerprint()}
-        for key, value in now.items():
-            if self.made_for[key] != value:
+        now = provenance(model)
+        for key in ("weights", "preparation"):
+            if self.made_for[key] != now[key]:
                 raise ProbeError(
                     f"the probe was trained for model {self.made_for['model']!r} ({key} "
-                    f"{self.made_for[key]}), not for {model.label!r} ({key} {value}): give that "
-                    "model, or train it again."
+                    f"{self.made_for[key]}), not for {now['model']!r} ({key} {now[key]}): give "
+                    "that model, or train it again."
                 )
 
     def save(self, folder: Path | str, results: Results) -> None:
@@ -83,7 +85,7 @@ class Probe:
             "penalty": self.penalty,
             "dim": next(self.head.parameters()).shape[1],
         }
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, ours=FILES) as temporary:
             save_file(self.head.state_dict(), temporary / WEIGHTS)
             text = json.dumps(settings, indent=2, ensure_ascii=False)
             (temporary / SETTINGS).write_text(text + "\n", "utf-8")

@@ -107,6 +107,13 @@ class TrainingRecipe:
     log_steps: int = 20
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
+    def steps(self, studies: int) -> int:
+        """Optimizer steps of one process over so many studies, as the Trainer counts them."""
+        if self.max_steps > 0:
+            return self.max_steps
+        batches = studies // self.batch_size
+        return math.ceil(self.epochs * math.ceil(batches / self.accumulation))
+
 
 @dataclass
 class Recipe:

@@ -12,7 +12,6 @@ from torch import Tensor
 from med3dvlm.models import Med3DVLM
 from med3dvlm.scan import Preparation
 
-CONTROLS = ("always-no", "question-only")
 SHORT_ANSWER = 128  # tokens
 
 

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from med3dvlm.data.sources import Progress
+from med3dvlm.evaluate.findings import VOCABULARIES
 from med3dvlm.evaluate.statistics import interval, interval_of
 from med3dvlm.evaluate.tables import Row
 from med3dvlm.evaluate.tasks.answerers import SHORT_ANSWER
@@ -19,7 +20,6 @@ from med3dvlm.evaluate.tasks.cases import Cases
 from med3dvlm.evaluate.tasks.run import Run, begin
 from med3dvlm.evaluate.zero_shot import auroc
 from med3dvlm.evidence.confidence import (
-    VOCABULARIES,
     Calibration,
     answer_confidence,
     apply_logistic,
@@ -77,7 +77,7 @@ def evaluate_calibration(
     fitted_on = measure(model, fit, batch_size, progress, 0, total)
     calibration = fit_calibration(fitted_on, fit, weights)
     measured = measure(model, test, batch_size, progress, len(fit), total)
-    run = begin("calibration", model.label, model.fingerprint(), test)
+    run = begin("calibration", model, test.facts)
     run.results.facts["fitted on"] = dict(fit.facts)
     rows: list[Row] = []
     told: list[Row] = []

@@ -12,12 +12,11 @@ import numpy as np
 from med3dvlm.data.assertions import Term
 from med3dvlm.data.phantoms import (
     FINDINGS,
-    PHANTOM_TERMS,
     PHANTOM_VERSION,
     is_true,
     make_study,
 )
-from med3dvlm.evaluate.findings import CT_RATE_TERMS, extract_findings
+from med3dvlm.evaluate.findings import VOCABULARIES, extract_findings
 from med3dvlm.scan import Preparation, prepare
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 CAVEAT = "generated phantoms, the same generator as in training; no patients"
 NO_GROUPS = ("report", "caption", "row", "source_sha256", "volume_sha256")  # one value a study
-VOCABULARIES: tuple[Mapping[str, Term], ...] = (PHANTOM_TERMS, CT_RATE_TERMS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Cases:
     @cached_property
     def terms(self) -> Mapping[str, Term] | None:
         """How the labelled findings are named in reports; None where no vocabulary fits."""
-        return next((t for t in VOCABULARIES if set(t) <= set(self.labels)), None)
+        return next((t for t in VOCABULARIES.values() if set(t) <= set(self.labels)), None)
 
     def finding_matrix(self) -> np.ndarray:
         """(studies, findings) bool in the order of `terms`.

@@ -20,10 +20,10 @@ from med3dvlm.data.phantoms import (
 )
 from med3dvlm.data.sources import Progress
 from med3dvlm.evaluate.statistics import interval
-from med3dvlm.evaluate.tables import Results, Row
+from med3dvlm.evaluate.tables import Row
 from med3dvlm.evaluate.tasks.cases import CAVEAT
 from med3dvlm.evaluate.tasks.plots import bars
-from med3dvlm.evaluate.tasks.run import Run
+from med3dvlm.evaluate.tasks.run import Run, begin
 from med3dvlm.evidence.faithfulness import (
     SHARES,
     TOLERANCE_MM,
@@ -79,9 +79,8 @@ def evaluate_evidence(
         curve_studies: on how many studies the deletion and insertion curves are drawn.
     """
     compare_preparations(dual.preparation, vlm.preparation)
-    facts = {"studies": count, "phantom version": PHANTOM_VERSION, "data": CAVEAT}
-    model = {"model": vlm.label, "weights": vlm.fingerprint(), "tolerance in mm": TOLERANCE_MM}
-    run = Run("evidence", Results({"task": "evidence", **model, **facts}))
+    about = {"studies": count, "phantom version": PHANTOM_VERSION, "data": CAVEAT}
+    run = begin("evidence", vlm, {"tolerance in mm": TOLERANCE_MM, **about})
     drawn: list[Sample] = []
     for number, study in enumerate(one_lesion(count, seed=seed)):
         chosen = [*methods, *(SLOW if number < slow else ())]

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from med3dvlm.evaluate.tables import Row
+from med3dvlm.picture import middle_planes
 
 COLOUR, DIM = "#1f6feb", "#8b949e"
 SLICES = ("axial", "coronal", "sagittal")
@@ -82,8 +83,7 @@ def curves(lines: Sequence[tuple[str, np.ndarray, bool]], x: str, y: str) -> Fig
 
 def middle_slices(volume: np.ndarray) -> Figure:
     """The middle slices of a prepared volume (D, H, W) in three planes, the head on top."""
-    depth, height, width = (n // 2 for n in volume.shape)
-    slices = (volume[depth], volume[::-1, height], volume[::-1, :, width])
+    slices = middle_planes(volume)
     low, high = float(volume.min()), float(volume.max())
     figure = Figure(figsize=(7.5, 2.6))
     for axes, name, pixels in zip(figure.subplots(1, 3), SLICES, slices, strict=True):

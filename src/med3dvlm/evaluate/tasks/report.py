@@ -68,7 +68,7 @@ def evaluate_report(
         ValueError: if no study has a report.
     """
     cases = cases.with_reports()
-    run = begin("report", answerer.label, answerer.fingerprint(), cases)
+    run = begin("report", answerer, cases.facts)
     metrics = usable_metrics(run.results)
     encoders = {"language": answerer.see}
     if search is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +68,10 @@ class Run:
         write_page(self, folder / "report.html")
 
 
-def begin(task: str, label: str, fingerprint: str, cases: Cases) -> Run:
-    """A run without tables, its facts filled in."""
-    return Run(task, Results({"task": task, "model": label, "weights": fingerprint, **cases.facts}))
+def begin(task: str, model: Any, facts: Mapping[str, Any]) -> Run:
+    """A run without tables, its facts filled in: what is measured, and on which studies."""
+    about = {"task": task, "model": model.label, "weights": model.fingerprint()}
+    return Run(task, Results({**about, **facts}))
 
 
 def add_evidence(

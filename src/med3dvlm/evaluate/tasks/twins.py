@@ -26,11 +26,11 @@ from med3dvlm.data.phantoms import (
 )
 from med3dvlm.data.sources import Progress
 from med3dvlm.evaluate.statistics import interval
-from med3dvlm.evaluate.tables import Results, Row
+from med3dvlm.evaluate.tables import Row
 from med3dvlm.evaluate.tasks.answerers import Answerer
 from med3dvlm.evaluate.tasks.cases import CAVEAT
 from med3dvlm.evaluate.tasks.plots import bars
-from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run
+from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, begin
 from med3dvlm.evaluate.tasks.vqa import decide
 from med3dvlm.scan import prepare
 
@@ -114,8 +114,7 @@ def evaluate_twins(
     """
     pairs = make_pairs(count, seed=seed)
     facts = {"phantom version": PHANTOM_VERSION, "data": CAVEAT, "pairs": len(pairs)}
-    model = {"model": answerer.label, "weights": answerer.fingerprint()}
-    run = Run("twins", Results({"task": "twins", **model, **facts}))
+    run = begin("twins", answerer, facts)
     for first in range(0, len(pairs), batch_size):
         part = pairs[first : first + batch_size]
         studies = [study for pair in part for study in pair.studies]

@@ -63,7 +63,7 @@ def evaluate_vqa(
             seed=seed,
             progress=progress,
         )["language"]
-    run = begin("vqa", answerer.label, answerer.fingerprint(), cases)
+    run = begin("vqa", answerer, cases.facts)
     answered = answer_conditions(answerer, cases, seen, batch_size=batch_size, progress=progress)
     run.samples = answered[SCAN]
     metrics = score_open(answered, run)

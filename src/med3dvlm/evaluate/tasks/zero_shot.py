@@ -18,6 +18,7 @@ from med3dvlm.evaluate.tasks.retrieval import embeddings, see_with
 from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, begin
 from med3dvlm.evaluate.zero_shot import auroc, classification_table
 from med3dvlm.models import VolumeTextDualEncoder
+from med3dvlm.notice import provenance
 
 PROMPTS = (("There is {finding}.", "There is no {finding}."),)
 
@@ -60,7 +61,7 @@ def evaluate_zero_shot(
         condition: prompt_probabilities(dual, embeddings(dual, pooled), asked)
         for condition, pooled in seen.items()
     }
-    run = begin("zero-shot", dual.label, dual.fingerprint(), cases)
+    run = begin("zero-shot", dual, cases.facts)
     table = classification_table(true, given[SCAN], names)
     run.results.add("Findings from prompts", table)
     if calibration is not None:
@@ -143,13 +144,11 @@ def fit_calibration(
     given = prompt_probabilities(dual, images, prompt_embeddings(dual, names, prompts))
     each = {n.lower(): Platt.fit(t, p) for n, t, p in zip(names, true.T, given.T, strict=True)}
     return Calibration(
-        dual.label,
-        dual.fingerprint(),
-        dual.preparation.fingerprint(),
-        tuple(prompts),
-        each,
-        Platt.fit(true.ravel(), given.ravel()),
-        dict(cases.facts),
+        **provenance(dual),
+        prompts=tuple(prompts),
+        findings=each,
+        others=Platt.fit(true.ravel(), given.ravel()),
+        facts=dict(cases.facts),
     )
 
 
