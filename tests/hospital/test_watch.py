@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import replace
 from datetime import date
+from types import SimpleNamespace
 
 import pydicom
 import pytest
@@ -96,22 +97,24 @@ def test_rules_say_which(pacs_address, arrived, tmp_path, rule, which):
     assert sorted(draft.taken) == sorted(arrived[i] for i in which)
 
 
-def test_a_study_that_still_grows_waits(pacs_address, tmp_path):
+def test_a_study_that_still_grows_waits(pacs_address, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=time.time())
+    monkeypatch.setattr("med3dvlm.hospital.watch.time", SimpleNamespace(time=lambda: clock.now))
     folder = write_series(tmp_path / "late", 20)
     slices = [pydicom.dcmread(file) for file in sorted(folder.iterdir())]
     for one in slices:
         one.StudyDate, one.StationName = TODAY, "LATE"
-    draft, given = Draft(), rules(Rule("late", {"StationName": "LATE"}), stable_s=0.4)
+    draft, given = Draft(), rules(Rule("late", {"StationName": "LATE"}), stable_s=60)
     with Pacs(pacs_address) as pacs:
         one = watcher(pacs, tmp_path, draft, given)
         pacs.send(slices[:12])
         assert one.look() == []
-        time.sleep(0.25)
+        clock.now += 40
         pacs.send(slices[12:])
         assert one.look() == []
-        time.sleep(0.25)
-        assert one.look() == []  # 0.5 s after the first slices, 0.25 s after the last
-        time.sleep(0.25)
+        clock.now += 40
+        assert one.look() == []  # 80 s after the first slices, 40 s after the last
+        clock.now += 40
         assert one.look() == [slices[0].StudyInstanceUID]
         one.close()
 
