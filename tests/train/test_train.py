@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -283,6 +284,22 @@ def test_recipes_that_cannot_be_followed(tmp_path, store):
         train(load_recipe(path, ["training.precision=fp8"]))
     with pytest.raises(RecipeError, match="'decoder' is no part"):
         freeze_all_but(torch.nn.Sequential(), ["decoder"])
+
+
+def test_a_pair_needs_a_report(tmp_path, store):
+    copy = shutil.copytree(store, tmp_path / "copy")
+    table = pq.read_table(copy / "manifest.parquet")
+    reports = [
+        "" if number == 3 else text for number, text in enumerate(table["report"].to_pylist())
+    ]
+    place = table.schema.get_field_index("report")
+    pq.write_table(table.set_column(place, "report", [reports]), copy / "manifest.parquet")
+    name = Store(copy).ids[3]
+    data = {"store": str(copy), "workers": 1}
+    with pytest.raises(RecipeError, match=f"1 of 8 studies have no report, the first is '{name}'"):
+        train(load_recipe(recipe(tmp_path, copy, data=data)))
+    train(load_recipe(recipe(tmp_path, copy, data={**data, "skip": [name]})))
+    assert (tmp_path / "contrastive" / "model.safetensors").is_file()
 
 
 def test_the_store_is_kept_and_checked(tmp_path, store):

@@ -194,6 +194,9 @@ class PairDataset(Dataset):
 
     What is drawn at random depends on the recipe's seed and the item's number alone, so a run
     that is resumed, or that has other workers, sees the same batches.
+
+    Raises:
+        RecipeError: if a study has no report, which any scan would fit.
     """
 
     def __init__(
@@ -205,6 +208,13 @@ class PairDataset(Dataset):
         seed: int,
         places: bool = False,
     ):
+        reports = zip(store.ids, store.column("report"), strict=True)
+        silent = [name for name, report in reports if not report.strip()]
+        if silent:
+            raise RecipeError(
+                f"{store.location}: {len(silent)} of {len(store)} studies have no report, the "
+                f"first is {silent[0]!r}: name them in data.skip."
+            )
         self.pooled = pooled
         self.store = store
         self.caption_share = recipe.caption_share
