@@ -11,7 +11,14 @@ from med3dvlm.evidence.confidence import (
     rate_report,
     with_withheld,
 )
-from med3dvlm.evidence.maps import METHODS, as_scan, evidence_map, explain, save_report_maps
+from med3dvlm.evidence.maps import (
+    METHODS,
+    as_scan,
+    evidence_map,
+    explain,
+    place_mm,
+    save_report_maps,
+)
 from med3dvlm.evidence.targets import (
     Target,
     answer_target,
@@ -34,6 +41,7 @@ __all__ = [
     "choice_shares",
     "evidence_map",
     "explain",
+    "place_mm",
     "query_target",
     "rate_report",
     "report_targets",

@@ -76,7 +76,7 @@ def save_report_maps(
                     "file": name,
                     "sentence": sentence.text,
                     "section": sentence.section,
-                    "peak_lps_mm": _place_mm(scan, peak_of(values)),
+                    "peak_lps_mm": place_mm(scan, peak_of(values)),
                 }
             )
             if progress:
@@ -86,11 +86,11 @@ def save_report_maps(
         write_json(temporary / "evidence.json", {**about, "sentences": listing})
 
 
-def _place_mm(scan: Scan, voxel: tuple[int, int, int] | None) -> list[float] | None:
+def place_mm(scan: Scan, voxel: tuple[int, int, int] | None) -> list[float] | None:
     """(x, y, z) LPS mm of a voxel (z, y, x)."""
     if voxel is None:
         return None
-    return [round(float(mm), 1) for mm in (scan.affine @ [*voxel[::-1], 1])[:3]]
+    return [round(float(mm), 2) for mm in (scan.affine @ [*voxel[::-1], 1])[:3]]
 
 
 def as_scan(scan: Scan, values: np.ndarray) -> Scan:

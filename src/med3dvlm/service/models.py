@@ -8,6 +8,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from med3dvlm.hub import CheckpointError, load
+from med3dvlm.notice import provenance
 from med3dvlm.service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -63,12 +64,7 @@ class Models:
     def facts(self) -> dict[str, Any]:
         """What made a result: the model, its weights' hash, its preparation's; as of the CLI."""
         model = self.language
-        return {
-            "model": model.label,
-            "weights": model.fingerprint(),
-            "preparation": model.preparation.fingerprint(),
-            "calibrated": model.calibration is not None,
-        }
+        return {**provenance(model), "calibrated": model.calibration is not None}
 
     @cached_property
     def _seen(self) -> Any:

@@ -22,7 +22,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from med3dvlm.models.decoding import content_of
-from med3dvlm.scan import Scan, save_nifti
+from med3dvlm.notice import provenance
+from med3dvlm.scan import Scan, peak_of, save_nifti
 from med3dvlm.search.sheet import scan_strip
 from med3dvlm.search.study import Study as IndexedStudy
 from med3dvlm.service import imports, metrics, questions, reviews, studies, work
@@ -275,9 +276,7 @@ def _draft_without_language(worker: Worker, job: Job) -> Outcome | BaseException
     dual = service.index.model
     facts = {
         "method": job.request["method"],
-        "model": dual.label,
-        "weights": dual.fingerprint(),
-        "preparation": dual.preparation.fingerprint(),
+        **provenance(dual),
         "calibrated": False,
     }
     if job.request["method"] == "retrieve":
@@ -322,7 +321,7 @@ def _template(dual: Any, scan: Scan) -> str:
 
 def evidence(worker: Worker, jobs: Sequence[Job]) -> list[Outcome]:
     """A map of what a sentence, an answer or a text rests on, on the scan's own voxels."""
-    from med3dvlm.evidence import as_scan, explain
+    from med3dvlm.evidence import as_scan, explain, place_mm
 
     (job,) = jobs
     service = worker.service
@@ -342,17 +341,14 @@ def evidence(worker: Worker, jobs: Sequence[Job]) -> list[Outcome]:
         path = Path(temporary, "map.nii.gz")
         save_nifti(as_scan(scan, values), path)
         service.storage.put(path, evidence_key(study.id, job.id))
-    z, y, x = (int(n) for n in np.unravel_index(int(values.argmax()), values.shape))
-    peak = scan.affine @ [x, y, z, 1]
+    peak = peak_of(values)
     result = {
         "method": method,
         "map": f"/api/evidence/{job.id}/map.nii.gz",
-        "empty": not bool(values.any()),
-        "peak_voxel": [z, y, x],
-        "peak_mm": [round(float(mm), 2) for mm in peak[:3]],
-        "model": model.label,
-        "weights": model.fingerprint(),
-        "preparation": model.preparation.fingerprint(),
+        "empty": peak is None,
+        "peak_voxel": peak,
+        "peak_mm": place_mm(scan, peak),
+        **provenance(model),
     }
     return [Outcome(lambda session, job: result)]
 
