@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,18 +105,35 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.bin"]
+    with suppress(LocalEntryNotFoundError):  # not in the cache: ask the hub
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if _is_whole(cached):
+            return cached
     try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: ask the hub
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=3))
+        found = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=3))
     except Exception as error:  # the hub's client raises many kinds; each means: not to be had
         reason = str(error).split("\n", 1)[0][:160]
         raise ModelNotFoundError(
             f"model {name!r} is not in the local cache and could not be downloaded ({reason}): "
             "download it where a network is and give its folder."
         ) from error
+    if not _is_whole(found):  # without a network the hub's client is content with what is there
+        raise ModelNotFoundError(
+            f"model {name!r} is not whole in the local cache ({found}), and no network is there to "
+            "go on: download it where one is and give its folder."
+        )
+    return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every part that an index of weights names is there; a download can be interrupted."""
+    if not any(folder.rglob("*config.json")):
+        return False
+    return all(
+        (index.parent / part).is_file()
+        for index in folder.rglob("*.index.json")
+        for part in json.loads(index.read_text("utf-8")).get("weight_map", {}).values()
+    )
 
 
 def checkpoint_folder(name_or_folder: str | Path, part: str | None = None) -> Path:
