@@ -205,6 +205,9 @@ class DecomposedConv3d(nn.Module):
         super().__init__()
         self.antialias = antialias
         self.stride = stride
+        self.depthwise = stride == 1 and groups == in_channels == out_channels > 1
+        if groups > 1 and not self.depthwise:
+            raise ValueError("a decomposed convolution is dense, or depthwise with a stride of 1.")
         for axis, name in enumerate(AXES):
             steps = _along(axis, stride, other=1 if antialias else stride)
             conv = nn.Conv3d(
@@ -217,7 +220,6 @@ class DecomposedConv3d(nn.Module):
             )
             self.add_module(f"along_{name}", conv)
             self.add_module(f"norm_{name}", nn.BatchNorm3d(out_channels))
-        self.depthwise = stride == 1 and groups == in_channels == out_channels > 1
 
     def forward(self, x: Tensor) -> Tensor:
         if self.depthwise and self._norms_alike() and runs_fused(x):
@@ -275,8 +277,8 @@ class DecomposedConv3d(nn.Module):
             antialias=self.antialias,
         )
         rows = lines.movedim(1, 4).flatten(4)
-        # contiguous, or its gradient is a product that takes four times as long
         assert conv.bias is not None
+        # contiguous, or its gradient is a product that takes four times as long
         y = torch.addmm(conv.bias, rows.flatten(0, 3), conv.weight.flatten(1).T.contiguous())
         return y.view(*rows.shape[:4], -1).movedim(-1, 1)
 
