@@ -418,5 +418,7 @@ def make_certificate(folder):
         ({"host": "127.0.0.1"}, False),
     ],
 )
-def test_it_says_where_passwords_would_go_in_clear(settings, clear):
+def test_it_says_where_passwords_would_go_in_clear(settings, clear, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pem").touch()
     assert is_in_clear(load_settings(environment={}, **settings)) is clear
