@@ -209,13 +209,11 @@ class DecomposedConv3d(nn.Module):
         if groups > 1 and not self.depthwise:
             raise ValueError("a decomposed convolution is dense, or depthwise with a stride of 1.")
         for axis, name in enumerate(AXES):
-            steps = _along(axis, stride, other=1 if antialias else stride)
-            conv = nn.Conv3d(
+            conv = nn.Conv3d(  # called for long axes alone: see _lines
                 in_channels,
                 out_channels,
                 _along(axis, kernel_size, other=1),
-                steps,
-                _along(axis, kernel_size // 2, other=0),
+                padding=_along(axis, kernel_size // 2, other=0),
                 groups=groups,
             )
             self.add_module(f"along_{name}", conv)

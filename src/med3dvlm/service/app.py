@@ -83,15 +83,18 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state = app.state
     state.events = EventHub(state.service)
-    tending = asyncio.create_task(_tend(state.service))
+    tending = None
     if state.worker is not None:
         state.worker.start()
+    else:
+        tending = asyncio.create_task(_tend(state.service))
     try:
         yield
     finally:
-        tending.cancel()
-        with suppress(asyncio.CancelledError):
-            await tending
+        if tending is not None:
+            tending.cancel()
+            with suppress(asyncio.CancelledError):
+                await tending
         if state.worker is not None:
             await to_thread.run_sync(state.worker.stop)
         state.events.close()
@@ -99,13 +102,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _tend(service: Service) -> None:
-    """The server has copies of files, too; the workers may be on other machines."""
+    """What a worker does for its machine, where the workers may be on others: drop old copies."""
     while True:
         try:
             await to_thread.run_sync(tend, service)
         except UNREACHABLE:
             pass  # said to those who ask for something
-        except Exception:
+        except Exception:  # were this to end, copies of deleted studies would stay for good
             log.exception("copies of files could not be looked through; trying again later")
         await asyncio.sleep(work.TEND_S)
 

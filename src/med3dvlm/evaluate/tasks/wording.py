@@ -84,8 +84,8 @@ def _imported(name: str) -> Callable:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"scorer {name!r} cannot be loaded ({error}): give {' or '.join(RADEVAL)} (RadEval's) "
-            "or package.module:function."
+            f"scorer {name!r} cannot be loaded ({error}): give {', '.join(RADEVAL)} (RadEval's) or "
+            "package.module:function."
         ) from error
     if not callable(found):
         raise ValueError(f"scorer {name!r} is no function: give package.module:function.")
