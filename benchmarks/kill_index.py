@@ -1,6 +1,6 @@
-"""Kill an index build at ten moments: `python benchmarks/kill_index.py STORE`.
+"""Kill an index build at ten moments: `python benchmarks/kill_index.py STORE [--save-every 10]`.
 
-What `index build` does runs with the bundled model on a prepared store, saves every 10 studies, is
+What `index build` does runs with the bundled model on a prepared store, saves now and then, is
 killed (-9) when some more are saved, and is started again. After each kill the index must be
 whole; at the end it must hold every study of the store once. Children come from a server that has
 imported everything and computed nothing: a process with threads of its own must not be forked.
@@ -8,6 +8,7 @@ imported everything and computed nothing: a process with threads of its own must
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import random
@@ -22,12 +23,12 @@ from med3dvlm import load
 from med3dvlm.data.store import Store
 from med3dvlm.search import How, SearchIndex, build_index
 
-KILLS, SAVE_EVERY = 10, 10
+KILLS = 10
 FORK = multiprocessing.get_context("forkserver")
 
 
-def build_it(store: str, folder: Path) -> None:
-    build_index(store, load("demo", part="search"), folder, how=How(save_every=SAVE_EVERY))
+def build_it(store: str, folder: Path, save_every: int) -> None:
+    build_index(store, load("demo", part="search"), folder, how=How(save_every=save_every))
 
 
 def look(folder: Path, answer: Any) -> None:
@@ -40,15 +41,19 @@ def saves(folder: Path) -> int:
 
 
 def main() -> int:
-    store, random_ = Store(sys.argv[1]), random.Random(0)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store")
+    parser.add_argument("--save-every", type=int, default=10, help="studies")
+    options = parser.parse_args()
+    store, random_ = Store(options.store), random.Random(0)
     FORK.set_forkserver_preload(["med3dvlm.search", "med3dvlm.models", "med3dvlm.data.store"])
     answer = FORK.SimpleQueue()
     with tempfile.TemporaryDirectory() as root:
         folder, bad = Path(root) / "index", 0
-        share = len(store) / SAVE_EVERY / (KILLS + 1)  # saves between two kills
+        share = len(store) / options.save_every / (KILLS + 1)  # saves between two kills
         for kill in range(KILLS):
             before = saves(folder)
-            child = FORK.Process(target=build_it, args=(store.location, folder))
+            child = FORK.Process(target=build_it, args=(store.location, folder, options.save_every))
             child.start()
             wanted = before + max(1, round(share)) + (3 if kill == 0 else 0)
             while saves(folder) < wanted and child.is_alive():
@@ -62,7 +67,7 @@ def main() -> int:
             looking.join()
             bad += len(problems)
             print(f"kill {kill + 1}: {count} studies, {len(problems)} problems", flush=True)
-        last = FORK.Process(target=build_it, args=(store.location, folder))
+        last = FORK.Process(target=build_it, args=(store.location, folder, options.save_every))
         last.start()
         last.join()
         index = SearchIndex.open(folder)
