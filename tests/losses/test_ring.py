@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from med3dvlm.benchmark.loss import make_loss
+from med3dvlm.benchmark.measure import Form, peak_memory
 from med3dvlm.losses import LOSSES, ring_siglip_loss, siglip_loss
 
 BATCH, DIM = 8, 6
@@ -55,6 +58,27 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(
         lambda x, y, t, b: ring_siglip_loss(x, y, t_prime=t, bias=b, block=2), leaves
     )
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again():
+    images, texts = (part.requires_grad_() for part in features())
+    scalars = [torch.tensor(value).double().requires_grad_() for value in (0.7, -1.5)]
+    loss = ring_siglip_loss(images, texts, t_prime=scalars[0], bias=scalars[1], block=3)
+    leaves = [images, texts, *scalars]
+    first = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    for twice, once in zip(first, again, strict=True):
+        torch.testing.assert_close(twice, 2 * once, rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from the kernel's account")
+def test_memory_is_an_eighth_of_the_matrix_at_most():
+    matrix, blocks = (
+        peak_memory(Form(name, make_loss, {"name": name, "batch": 4096, "dim": 768}))[1]
+        for name in ("one matrix", "in blocks")
+    )
+    assert matrix > 4 * 4 * 4096**2 / 1e6  # the logits, and what else is of their shape
+    assert blocks < matrix / 8
 
 
 def test_half_precision_features_lose_nothing_in_the_loss():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-BLOCK = 1024  # pairs along either side of a block of logits
+BLOCK = 512  # pairs along either side of a block of logits
 
 
 def data_group() -> Any:
@@ -60,7 +60,11 @@ def ring_siglip_loss(
 
 
 class _RingSigLIP(torch.autograd.Function):
-    """Loss and gradients in one pass: the backward pass only scales what is kept."""
+    """Loss and gradients in one pass, so that the logits are made once.
+
+    The gradients are the largest of what is kept, so the backward pass hands them on, scaled in
+    place, and keeps no copy. A second pass over a graph that was kept makes them anew.
+    """
 
     @staticmethod
     def forward(
@@ -72,20 +76,32 @@ class _RingSigLIP(torch.autograd.Function):
         group: Any,
         block: int,
     ) -> Tensor:
-        ranks = 1 if group is None else dist.get_world_size(group)
-        sums = _Sums(images, t_prime, bias, block)
-        travelling, gradient = texts, torch.zeros_like(texts)
-        for step in range(ranks):
-            sums.add(travelling, gradient, own=step == 0)
-            if ranks > 1:  # the last step brings this rank's texts home, their gradient complete
-                travelling, gradient = _pass_on(travelling, gradient, group)
-        ctx.save_for_backward(sums.images_gradient, gradient, sums.t_gradient, sums.bias_gradient)
-        return sums.loss
+        ctx.save_for_backward(images, texts, t_prime, bias)
+        ctx.group, ctx.block = group, block
+        loss, ctx.gradients = _loss_and_gradients(images, texts, t_prime, bias, group, block)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(scale * gradient for gradient in ctx.saved_tensors), None, None)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _, gradients = _loss_and_gradients(*ctx.saved_tensors, ctx.group, ctx.block)
+        return (*(gradient.mul_(scale) for gradient in gradients), None, None)
+
+
+def _loss_and_gradients(
+    images: Tensor, texts: Tensor, t_prime: Tensor, bias: Tensor, group: Any, block: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and its gradients along images, texts, t' and bias."""
+    ranks = 1 if group is None else dist.get_world_size(group)
+    sums = _Sums(images, t_prime, bias, block)
+    travelling, gradient = texts, torch.zeros_like(texts)
+    for step in range(ranks):
+        sums.add(travelling, gradient, own=step == 0)
+        if ranks > 1:  # the last step brings this rank's texts home, their gradient complete
+            travelling, gradient = _pass_on(travelling, gradient, group)
+    return sums.loss, [sums.images_gradient, gradient, sums.t_gradient, sums.bias_gradient]
 
 
 class _Sums:
@@ -122,9 +138,10 @@ class _Sums:
         if paired:
             slope.diagonal().neg_()
         self.bias_gradient += slope.sum()
-        self.t_gradient += (slope * scaled).sum()
-        self.images_gradient[rows] += self.t * (slope @ texts)
-        gradient += self.t * (slope.T @ images)
+        self.t_gradient += scaled.mul_(slope).sum()
+        slope.mul_(self.t)  # now along each product of an image with a text
+        self.images_gradient[rows].addmm_(slope, texts)
+        gradient.addmm_(slope.T, images)
 
 
 def _ranges(length: int, step: int) -> list[slice]:
