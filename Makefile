@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test lint types check demo-model vendor clean
+.PHONY: demo-baseline demo test lint types check demo-model vendor clean
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -38,6 +38,18 @@ demo-model: $(STAMP)
 	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
 	$(BIN)/python recipes/demo/bundle.py
 	$(BIN)/med3dvlm evaluate calibration --model demo --save
+
+# The baseline at the demo model's budget: as many studies in each stage (docs/results.md).
+BASE := runs/demo-baseline
+demo-baseline: $(STAMP)
+	$(BIN)/med3dvlm train contrastive recipes/demo/baseline.yaml
+	$(BIN)/med3dvlm train contrastive recipes/demo/search.yaml start=$(BASE)/contrastive \
+		output=$(BASE)/search training.max_minutes=null training.max_steps=600
+	$(BIN)/med3dvlm train alignment recipes/demo/alignment.yaml start=$(BASE)/contrastive \
+		output=$(BASE)/alignment model.projector=linear \
+		training.max_minutes=null training.max_steps=294
+	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml start=$(BASE)/alignment \
+		output=$(BASE)/instruction training.max_minutes=null training.max_steps=1568
 
 # Fetches again what the workstation's page carries from npm; needs npm and a network.
 vendor:

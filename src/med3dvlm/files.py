@@ -28,8 +28,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     temporary.open("xb").close()  # not mkstemp, which makes it private whatever the umask
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -71,6 +70,26 @@ def atomic_folder(path: Path | str, *, ours: Sequence[str] = ("*",)) -> Iterator
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, or a folder with all that is in it."""
+    if path.is_dir():
+        for child in path.iterdir():
+            sync(child)
+        sync_names(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, those of files moved there included."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path | str, value: Any) -> None:

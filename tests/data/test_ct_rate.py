@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -101,6 +102,16 @@ def test_volumes_and_tables_that_do_not_meet(archive):
     by_id = {source.id: source.refusal for source in read_ct_rate(archive)}
     assert "missing" in by_id["valid_2_a_1"] and "does not name it" in by_id["valid_9_a_1"]
     assert not by_id["valid_1_a_1"]
+
+
+def test_two_releases_of_a_volume_are_not_mixed(archive):
+    first = archive / "dataset" / "valid" / "valid_1_a_1.nii.gz"
+    second = archive / "dataset" / "valid_fixed" / first.name
+    second.parent.mkdir()
+    shutil.copy(first, second)
+    by_id = {source.id: source.refusal for source in read_ct_rate(archive)}
+    assert f"{first}: {second} has the same name; keep one of them." == by_id.pop("valid_1_a_1")
+    assert not by_id["valid_1_a_2"]
 
 
 def test_what_is_no_such_archive(tmp_path):

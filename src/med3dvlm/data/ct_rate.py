@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,11 @@ def read_ct_rate(folder: Path | str) -> list[Source]:
         SourceError: if there is no volume or no table of reports.
     """
     root = absolute(folder)
-    volumes = {
-        name.removesuffix(SUFFIX): Path(parent) / name
-        for parent, _, names in os.walk(root)
-        for name in names
-        if name.endswith(SUFFIX) and NAME.match(name.removesuffix(SUFFIX))
-    }
+    volumes: dict[str, list[Path]] = defaultdict(list)
+    for parent, _, names in os.walk(root):
+        for name in names:
+            if name.endswith(SUFFIX) and NAME.match(name.removesuffix(SUFFIX)):
+                volumes[name.removesuffix(SUFFIX)].append(Path(parent) / name)
     reports, metadata, labels = _tables(root)
     if not volumes:
         raise SourceError(f"{root} holds no volume like train_1_a_1.nii.gz: it is not CT-RATE.")
@@ -165,8 +165,9 @@ def _tables(root: Path) -> tuple[Table, Table, Table]:
 
 
 def _source(
-    name: str, path: Path, root: Path, reports: Table, metadata: Table, labels: Table
+    name: str, paths: list[Path], root: Path, reports: Table, metadata: Table, labels: Table
 ) -> Source:
+    path, *others = sorted(paths)
     parts = NAME.match(name)
     assert parts is not None  # only such names are collected
     source = Source(
@@ -178,6 +179,8 @@ def _source(
     )
     if not inside(path, root):
         return replace(source, refusal=f"{path}: it links to outside {root}; copy it in.")
+    if others:  # both releases, train and train_fixed, use the same names
+        return replace(source, refusal=f"{path}: {others[0]} has the same name; keep one of them.")
     if name not in reports:
         return replace(source, refusal=f"{path}: the table of reports does not name it.")
     report = _report(reports[name])

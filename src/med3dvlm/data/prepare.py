@@ -49,7 +49,7 @@ from med3dvlm.data.store import (
     cell_grid,
     create_volumes,
 )
-from med3dvlm.files import atomic_file, write_json
+from med3dvlm.files import atomic_file, sync, write_json
 from med3dvlm.scan import Preparation, Scan, ScanError, prepare
 
 SHARD_BYTES = 64 * 2**20  # of prepared values; a worker holds one shard
@@ -241,7 +241,7 @@ def prepare_unit(job: Job, unit: int) -> int:
     array[first : first + len(block)] = block
     for shard in (job.folder / VOLUMES / "c" / str(unit)).rglob("*"):
         if shard.is_file():
-            _sync(shard)  # on the disk before the rows say so
+            sync(shard)  # on the disk before the rows say so
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with atomic_file(_rows_file(job, unit)) as temporary:
         temporary.write_text(lines, "utf-8")
@@ -303,11 +303,6 @@ def _cells(mask: np.ndarray, scan: Scan, preparation: Preparation) -> np.ndarray
     wanted = [(0, CELL * cells - size) for cells, size in zip(grid, filled.shape, strict=True)]
     blocks = np.pad(filled, wanted).reshape([n for cells in grid for n in (cells, CELL)])
     return np.round(255 * blocks.max(axis=(1, 3, 5))).astype(np.uint8)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 
+from med3dvlm.files import sync, sync_names
+
 UNFINISHED = "unfinished"
 
 
@@ -64,24 +66,7 @@ def publish(source: Path, target: Path) -> None:
     if target.exists():  # the same step, saved again after a resume
         shutil.rmtree(target)
     os.replace(source, target)
-    _sync_folder(target.parent)
-
-
-def sync(folder: Path) -> None:
-    """Wait until every file of a folder is on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_names(target.parent)
 
 
 @contextmanager
