@@ -86,7 +86,7 @@ def test_a_model_with_its_calibration_beside_it_is_loaded(tmp_path):
     dual = load(folder, part="search")
     made_for = (dual.label, dual.fingerprint(), dual.preparation.fingerprint())
     prompts = (("There is {finding}.", "There is no {finding}."),)
-    Calibration(*made_for, prompts, {}, Platt(0.5)).save(folder / "calibration.json")
+    Calibration(*made_for, prompts, {}, Platt(0.5)).save(folder / "findings_calibration.json")
     again = load(folder, part="search")
     assert again.calibration is None
-    Calibration.load(folder / "calibration.json").check_model(again)
+    Calibration.load(folder / "findings_calibration.json").check_model(again)

@@ -18,7 +18,7 @@ PresentOption = Annotated[
 AbsentOption = Annotated[
     list[str] | None, typer.Option(help="Prompt for one that is not; as many as --present.")
 ]
-BESIDE = "calibration.json"  # in a model's folder
+BESIDE = "findings_calibration.json"  # in a model's folder
 
 
 def classify(

@@ -129,7 +129,9 @@ def report(
             typer.echo(text)
     overlay = None
     if evidence is not None:
-        overlay = _report_maps(vlm, read, drafted, prompt, evidence_method, evidence)
+        overlay = _report_maps(
+            vlm, read, drafted, prompt, evidence_method, evidence, drawn=picture is not None
+        )
     if output is not None:
         from med3dvlm.files import atomic_file
 
@@ -297,9 +299,9 @@ def _sentence(rated: Any, threshold: float | None) -> dict[str, Any]:
 
 
 def _report_maps(
-    vlm: Any, scan: Any, text: str, prompt: str | None, method: str, path: Path
+    vlm: Any, scan: Any, text: str, prompt: str | None, method: str, path: Path, *, drawn: bool
 ) -> Any:
-    """Write the map of a report, or of each sentence; the former is what a picture shows."""
+    """Write the map of a report, or of each sentence; give the former if it is to be drawn."""
     from med3dvlm.evidence import explain, save_report_maps, text_target
 
     target = text_target(vlm, prompt or vlm.config.report_prompt, text)
@@ -308,7 +310,7 @@ def _report_maps(
     with common.progress_bar("explaining") as progress:
         save_report_maps(vlm, scan, text, path, prompt=prompt, method=method, progress=progress)
     common.note(f"evidence: {path}")
-    return explain(vlm, scan, target, method=method)
+    return explain(vlm, scan, target, method=method) if drawn else None
 
 
 def _save_map(vlm: Any, scan: Any, target: Any, method: str, path: Path) -> Any:

@@ -94,7 +94,9 @@ def train_calibration(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="The file to write; calibration.json in the model's folder."
+            "--output",
+            "-o",
+            help="The file to write; findings_calibration.json in the model's folder.",
         ),
     ],
     model: common.ModelOption = "demo",
@@ -108,7 +110,7 @@ def train_calibration(
 ) -> None:
     """Fit the probabilities of `classify` to labelled studies (Platt scaling).
 
-    Example: `med3dvlm train calibration ct.store -m runs/search -o runs/search/calibration.json`
+    Example: `med3dvlm train calibration ct.store -m m -o m/findings_calibration.json`
     """
     from med3dvlm.cli.store import data_module
     from med3dvlm.evaluate.tasks import cases_of_store, fit_calibration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from med3dvlm.data.sources import Progress
@@ -9,6 +10,10 @@ from med3dvlm.train.recipe import Recipe, RecipeError, check_needs, load_recipe
 
 if TYPE_CHECKING:
     from med3dvlm.train.engine import Job
+
+# Transformers imports it where it is installed. It then seeks a faster kernel on a hub, and warns
+# that there is none: 4 bits do without.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from med3dvlm.files import atomic_file, write_json
 from med3dvlm.train.average import WeightAverage
@@ -101,6 +102,7 @@ def fit(job: Job, recipe: Recipe) -> dict[str, float]:
         trainer.add_callback(_Averaging(trainer.average))
         if last is not None:
             trainer.average.load(last)
+    disable_progress_bar()  # of writing the files of a model, in the midst of the Trainer's own
     with freed_memory_kept():
         result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.average is not None:

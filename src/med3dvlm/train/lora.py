@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from med3dvlm.hub import CheckpointError, load_exact
 from med3dvlm.models import Med3DVLM
 from med3dvlm.train.ranks import is_main
 from med3dvlm.train.recipe import Recipe
-
-# At its import it seeks a faster kernel on a hub, and warns that there is none: 4 bits do without.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LINEAR = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 

@@ -23,6 +23,7 @@ from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import STORE, Store
 from med3dvlm.train import begin
 from med3dvlm.train.engine import Job, trainable_parameters
+from med3dvlm.train.memory import freed_memory_kept
 from med3dvlm.train.recipe import Recipe, RecipeError, check_needs
 from med3dvlm.train.studies import held_out_ids, ids, weights
 
@@ -251,17 +252,18 @@ def _step_seconds(job: Job, size: int, precision: str) -> float:
     learning = [p for p in job.learner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=0.0)
     seconds = []
-    for number in range(TIMED_STEPS + 1):
-        began = time.monotonic()
-        items = [job.dataset[(number * size + i) % len(job.dataset)] for i in range(size)]
-        device = learning[0].device
-        batch = _to_device(job, items, device)
-        _forward(job.learner, batch, precision).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.monotonic() - began)
+    with freed_memory_kept():  # as in the run itself
+        for number in range(TIMED_STEPS + 1):
+            began = time.monotonic()
+            items = [job.dataset[(number * size + i) % len(job.dataset)] for i in range(size)]
+            device = learning[0].device
+            batch = _to_device(job, items, device)
+            _forward(job.learner, batch, precision).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - began)
     return statistics.median(seconds[1:])  # the first warms up
 
 
