@@ -74,9 +74,12 @@ class InfoNCELoss(nn.Module):
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         scale = self.log_scale.exp().clamp(max=100)
         group = data_group() if self.training else None
-        if group is None:
-            return infonce_loss(images, texts, logit_scale=scale)
-        return gathered_infonce_loss(images, texts, logit_scale=scale, group=group)
+        # as in CLIP: the logits of near embeddings differ by less than bf16 can tell
+        with torch.autocast(images.device.type, enabled=False):
+            images, texts = _at_least_float32(images), _at_least_float32(texts)
+            if group is None:
+                return infonce_loss(images, texts, logit_scale=scale)
+            return gathered_infonce_loss(images, texts, logit_scale=scale, group=group)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
