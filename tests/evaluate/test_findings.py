@@ -24,10 +24,12 @@ def test_all_findings_of_ct_rate_have_terms():
     assert set(extract_findings("").values()) == {"not mentioned"}
 
 
-@pytest.mark.parametrize(("part", "bar"), [("tuned", 0.99), ("held-out", 0.95)])
+@pytest.mark.parametrize(
+    ("part", "bar"), [("tuned", 0.99), ("held-out", 0.95), ("tuned-2", 0.99), ("held-out-2", 0.65)]
+)
 def test_sentences_written_by_hand_are_read_well(part, bar):
     sentences = BENCHMARK["read_sentences"](part)
-    assert len(sentences) >= 30
+    assert len(sentences) >= 20
     assert {f for told in sentences.values() for f in told} == set(LABELS)
     assert BENCHMARK["f1_scores"](part)["micro"] >= bar, BENCHMARK["errors"](part)
 
@@ -63,6 +65,26 @@ def test_scopes_of_negation():
         "Lung nodule": "present",
         "Cardiomegaly": "absent",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Pleural effusion is not seen on the right. However, it is present on the left.",
+            "present",
+        ),
+        ("No pleural effusion is seen, but it is noted that the heart is large.", "absent"),
+        ("Pleural effusion: none on the right.", "absent"),
+        ("Pleural effusion has not been observed.", "absent"),
+        ("The pleural effusion that was seen before has disappeared.", "absent"),
+        ("The pleural effusion has partially resolved.", "present"),
+        ("Pleural effusion is unlikely to be infected.", "present"),
+        ("Post-resection pleural effusion.", "present"),
+    ],
+)
+def test_what_was_denied_or_is_gone(text, expected):
+    assert statuses(text)["Pleural effusion"] == expected
 
 
 def test_what_is_said_in_several_places_is_weighed():

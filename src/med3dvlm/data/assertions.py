@@ -32,46 +32,67 @@ class Term:
     unlike: str = ""
 
 
-SENTENCE_END = re.compile(
-    r"(?<=[.!?;])\s+|\n+|\b(?:technique|findings|impression):|\bbut\b|\bhowever\b", re.IGNORECASE
-)
 BE = r"(?:is|are|was|were|has been|have been)"
 SEEN = (
     r"(?:observed|seen|detected|noted|noticed|present|found|identified|visible|visuali[sz]ed|"
     r"evident|demonstrated|appreciated|encountered)"
 )
-# A new statement begins: after a finished predicate, or with a subject and verb of its own.
-CLAUSE_END = re.compile(
-    r"\b(?:although|though|except|whereas|while|apart from|aside from)\b"
-    r"|(?:(?<=\bseen)|(?<=observed)|(?<=detected)|(?<=present)|(?<=noted)|(?<=found))(?:,| and)\s"
-    r"|(?:,| and)\s+(?=there (?:is|are|was|were)\b|it\b)",
+# What was just denied is there after all: "not seen on the right, but it is present on the left".
+AFTER_ALL = (
+    rf"(?:except (?:in|on|at)|(?:but|(?:but|and|however,?)(?: it| they)? {BE})"
+    rf"(?: newly| now| only)? {SEEN}(?! that))\b"
+)
+SENTENCE_END = re.compile(
+    rf"(?!\s?{AFTER_ALL})(?:(?<=[.!?;])\s+|\n+|\b(?:technique|findings|impression):|"
+    r"\bbut\b|\bhowever\b)",
     re.IGNORECASE,
 )
+# A new statement begins: after a finished predicate, or with a subject and verb of its own.
+CLAUSE_END = re.compile(
+    rf"(?!,?\s?{AFTER_ALL})(?:"
+    r"\b(?:although|though|except|whereas|while|apart from|aside from|otherwise)\b"
+    r"|(?:(?<=\bseen)|(?<=observed)|(?<=detected)|(?<=present)|(?<=noted)|(?<=found))(?:,| and)\s"
+    r"|(?:(?<!however),| and)\s+(?=there (?:is|are|was|were)\b|it\b)"
+    r"|,\s+(?=no\b(?! longer)))",
+    re.IGNORECASE,
+)
+ADVERB = r"(?:(?:now|currently|clearly|definitely|completely|entirely|fully|totally|very|most) )*"
+WHOLLY = r"(?:completely|entirely|fully|totally)"
+GONE = rf"(?:resolved|disappeared|vanished|cleared|regressed {WHOLLY}|{WHOLLY} regressed)"
+# Behind a word that closes a statement: "effusion: none", "effusion: none on the right".
+CLOSED = r"(?=\s*(?:[.;,)]|$)| (?:in|on|at|bilaterally)\b)"
 UNABLE = r"(?:cannot|can not|could not|can't|not possible to|unable to|difficult to)"
 
-# Cues by what they say and where: forward of what follows in the clause, adjacent of the very next
-# words, backward of what came before in the same statement, near of a subject just before, both of
-# either. Longer wordings come first: what one cue has matched no later one reads.
+# Cues by what they say and where: forward of what follows in the clause, adjacent of the words that
+# touch it, backward of what came before in the same statement, near of a subject just before, both
+# of either. Longer wordings come first: what one cue has matched no later one reads.
 CUES: dict[str, tuple[str, ...]] = {
     # look like a negation and are none
     "none, nowhere": (
-        r"not without",
-        r"not (?:only|certain)",
-        rf"not {SEEN} (?:before|previously|on the (?:previous|prior))",
-        r"(?:no|without)(?: \w+){0,2} (?:change|increase|decrease|progression|regression)s?",
-        r"(?:partially|nearly|almost completely|incompletely|not) resolved",
+        r"not (?:only|certain|without|absent|free of|free from|clear of)",
+        r"(?:no|neither)(?: \w+){1,2} (?:is|are) (?:free of|free from|clear of)",
+        rf"(?:{BE} )?not {SEEN} (?:before|previously|(?:on|in|at) the (?:previous|prior|last))",
+        rf"(?:{BE} )?(?:no|not|without|absent)(?: {SEEN})?(?=\b.*\b{AFTER_ALL})",
+        r"(?:no|without)(?: \w+){0,2} "
+        r"(?:change|increase|decrease|progression|regression|resolution|doubt)s?",
+        r"(?:partially|nearly|almost completely|incompletely|not) (?:resolved|cleared)",
+        r"(?:partial|incomplete|near[- ]complete) (?:resolution|clearing|disappearance)",
     ),
     # what follows is not said of this scan
     "elsewhere, forward": (
         r"(?:history|evaluation|evaluated|screening|follow-?up|operated)(?: (?:for|of|on))?",
+        r"status[- ]post|s/p",
     ),
+    "elsewhere, adjacent": (r"(?<!post[- ])(?:repair|resection|excision|surgery)",),
     "uncertain, backward": (
-        rf"{UNABLE} be (?:completely |entirely |definitely )?(?:excluded|ruled out)",
-        r"(?:is|are|was|were) not (?:excluded|ruled out)",
-        rf"{BE} (?:possible|probable|suspected|questionable|likely|doubtful|equivocal)",
+        rf"{UNABLE} be {ADVERB}(?:excluded|ruled out|confirmed|evaluated|assessed)",
+        rf"(?:{BE} )?not {ADVERB}(?:excluded|ruled out)",
+        rf"{BE} (?:less |more |most )?"
+        r"(?:possible|probable|suspected|questionable|likely|doubtful|equivocal)",
     ),
     "uncertain, forward": (
         rf"{UNABLE} (?:rule out|exclude)",
+        rf"(?:(?:do|does|did) )?not {ADVERB}(?:exclude|excluding|rule out|ruling out)",
         r"(?:may|might|could|can)(?: also)? (?:represent|be|reflect|correspond|indicate|suggest)",
         r"suspicious (?:for|of|in terms of)|suspicion (?:for|of)|suspected|suspect",
         r"possib(?:le|ly)|probabl[ey]|questionable|likely|equivocal|doubtful|suggest(?:s|ing|ive)",
@@ -79,20 +100,26 @@ CUES: dict[str, tuple[str, ...]] = {
     ),
     "absent, backward": (
         rf"{BE} (?:not|no longer|never) (?:clearly )?{SEEN}",
-        rf"(?:not|no longer|never) {SEEN}",
-        rf"{BE} (?:absent|ruled out|excluded|removed)|(?:was|were) negative",
-        r"(?:has|have|had)?(?: completely)? ?(?:resolved|disappeared|vanished)",
-        r"none of (?:them|which)",
+        rf"(?:(?:has|have) )?(?:not|no longer|never) (?:been )?{SEEN}|{UNABLE} be {ADVERB}{SEEN}",
+        rf"{BE} {ADVERB}(?:absent|ruled out|excluded|removed|withdrawn|negative(?! for))",
+        rf"{BE} {ADVERB}(?:unlikely|improbable)(?! (?:that|to)\b)|unlikely{CLOSED}",
+        rf"(?:has|have|had) {ADVERB}{GONE}|(?<=\w ){ADVERB}{GONE}|{ADVERB}{GONE}{CLOSED}",
+        r"(?:has|have|do|does|did) not (?:develop|appear|exist)(?:ed)?",
+        rf"none of (?:them|which)|(?:none|no|nil|absent|negative){CLOSED}",
     ),
-    "absent, both": (rf"(?:{BE} )?(?:free of|free from|clear of)",),
+    "absent, both": (rf"(?:{BE} )?(?:free of|free from|clear of|devoid of)",),
     "absent, near": (
         rf"(?:{BE}|appears?) (?:of )?(?:entirely |within )?(?:normal|clear|intact|free|natural)",
         rf"(?:{BE} |appears? )?unremarkable",
     ),
     "absent, adjacent": (r"normal",),
     "absent, forward": (
-        r"no evidence of|no sign of|no|without|absence of|absent",
-        r"negative for|neither|nor|rules out|ruled out",
+        r"no(?:thing|(?: findings?| signs?)?) (?:to suggest|suggestive of|suspicious (?:for|of))",
+        r"no (?:evidence|signs?|suspicion) (?:of|for)|no|without|absence of|absent",
+        r"negative for|neither|nor|rules out|ruled out|unlikely",
+        r"(?:lack|lacks|lacking)(?: of)?|fail(?:s|ed)? to (?:show|demonstrate|reveal)",
+        r"(?:resolution|clearing|disappearance) of",
+        rf"(?:(?:the|an?|interval) )?{ADVERB}resolved",
         rf"(?:do|does|did) not|not {SEEN}|not",
     ),
 }
@@ -101,7 +128,9 @@ CUES: dict[str, tuple[str, ...]] = {
 GROUPS = {f"k{i}": tuple(kind.split(", ")) for i, kind in enumerate(CUES)}
 ANY_CUE = "|".join(f"(?P<k{i}>{'|'.join(wordings)})" for i, wordings in enumerate(CUES.values()))
 CUE = re.compile(rf"\b(?:{ANY_CUE})\b", re.IGNORECASE)
-FINITE_VERB = re.compile(r"\b(?:is|are|was|were|has|have|shows?|contains?)\b", re.IGNORECASE)
+FINITE_VERB = re.compile(  # "which was seen before" is no statement of its own
+    r"\b(?:is|are|(?<!which )(?<!that )(?:was|were)|has|have|shows?|contains?)\b", re.IGNORECASE
+)
 WORD = re.compile(r"\w[\w'-]*")
 NORMALITY = (("absent", "near"), ("absent", "adjacent"))
 JOINING = ("and", "or", "nor")
@@ -208,10 +237,13 @@ def _reaches(cue: re.Match[str], way: str, mention: re.Match[str]) -> bool:
     """Whether a mention lies in the scope of a cue of the same clause."""
     if cue.start() < mention.end() and mention.start() < cue.end():
         return True  # inside the mention: "the coronary arteries are free of calcification"
-    if cue.end() <= mention.start():
-        touches = not cue.string[cue.end() : mention.start()].strip()
-        return way in ("forward", "both") or (way == "adjacent" and touches)
-    between = cue.string[mention.end() : cue.start()]
+    precedes = cue.end() <= mention.start()
+    start, end = (cue.end(), mention.start()) if precedes else (mention.end(), cue.start())
+    between = cue.string[start:end]
+    if way == "adjacent":
+        return not between.strip()
+    if precedes:
+        return way in ("forward", "both")
     if way not in ("backward", "near", "both") or FINITE_VERB.search(between):
         return False
     near = len(between.split()) <= NEAR_WORDS and "," not in between
