@@ -252,6 +252,7 @@ def test_wrong_usage_is_exit_2(run, arguments, tmp_path, monkeypatch):
         (["index", "info", "nowhere"], "no index"),
         (["train", "contrastive", "nowhere.yaml"], "is no file"),
         (["model", "info", "nowhere"], "neither a folder"),
+        (["evaluate", "predictions", "nowhere.jsonl"], "cannot be read as a table"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
 )
@@ -270,6 +271,8 @@ LIST, BYTES, OTHER = "list.yaml", "bytes.txt", "other.db"
     [
         (["train", "contrastive", LIST], "must hold 'name: value' lines"),
         (["experiment", LIST, "-o", "e"], "must hold 'name: value' lines"),
+        (["evaluate", "predictions", LIST], f"{LIST}, line 1: it is no JSON"),
+        (["evaluate", "predictions", LIST, "--bert", "folder"], f"{LIST}, line 1: it is no JSON"),
         (
             ["pacs", "watch", LIST, "--service", "http://127.0.0.1:1", "--url", "http://x"],
             "must hold 'name: value' lines",

@@ -185,6 +185,7 @@ def test_every_command_has_help_with_an_example(run):
         ["train", "alignment"],
         ["train", "instruction"],
         ["evaluate", "phantoms"],
+        ["evaluate", "predictions"],
     ]
     for command in commands:
         result = run(*command, "--help")

@@ -200,10 +200,41 @@ def test_scores_stay_in_bounds_and_do_not_depend_on_the_order(pairs):
         row = finding_table(truth, said)[-1]
         answers = yes_no_table(*zip(*pairs, strict=True))
         everything = next(row for row in answers if row["right answer"] == "all")
-        return [*list(row.values())[2:], everything["accuracy"]]
+        of_reports = [row[key] for key in row if key not in ("finding", "positives")]
+        return [*of_reports, everything["accuracy"]]
 
-    assert all(0 <= score <= 1 for score in scores(pairs))
-    assert scores(pairs) == pytest.approx(scores(pairs[::-1]))
+    found = scores(pairs)
+    assert all(0 <= score <= 1 for score in found if score is not None)
+    there = any(truth for truth, _ in pairs)  # without it nothing could be found
+    assert [score is None for score in found[:3]] == [not there] * 3
+    assert found == pytest.approx(scores(pairs[::-1]))
+
+
+def test_what_belongs_together_is_drawn_together():
+    studies = [f"s{i}" for i in range(40) for _ in range(10)]
+    right = np.repeat(np.arange(40) % 2, 10)  # a study's ten questions stand or fall together
+    low, high = interval(right, groups=studies)
+    apart = interval(right)
+    # of 40 and not of 400: the interval is as wide as that of the studies' own scores
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(40), rel=0.15)
+    assert high - low > 2.5 * (apart[1] - apart[0])
+    answers = [
+        Answered(1 + i % 2, "A", "A" if r else "B", study=s)
+        for i, (r, s) in enumerate(zip(right, studies, strict=True))
+    ]
+    rows = closed_table(answers)
+    assert rows[-2]["low"] == pytest.approx(low) and rows[-1]["low"] == pytest.approx(low, abs=0.02)
+    polar = {
+        r["right answer"]: r
+        for r in yes_no_table([True] * 400, right.astype(bool).tolist(), studies)
+    }
+    assert polar["all"]["high"] == pytest.approx(high)
+
+
+def test_differences_are_shown_in_points_and_p_as_a_number():
+    row = {"first": 0.967, "difference": -0.6471, "difference high": 0.05, "p": 0.00021}
+    shown = Table("two runs", [row]).to_markdown().splitlines()[-1]
+    assert shown == "| 96.7% | -64.7 | +5.0 | 0.00021 |"
 
 
 def test_interval_covers_the_mean_and_collapses_without_spread():

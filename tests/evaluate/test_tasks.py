@@ -53,6 +53,9 @@ from med3dvlm.evaluate.tasks.controls import (
 from med3dvlm.evaluate.tasks.report import template_report
 from med3dvlm.evaluate.tasks.run import EXAMPLES
 from med3dvlm.evaluate.tasks.twins import twin_table
+from med3dvlm.evaluate.tasks.vqa import answer_conditions, wording_by_chance
+from med3dvlm.evaluate.tasks.wording import Wording
+from med3dvlm.evaluate.tasks.zero_shot import prompt_margins
 from med3dvlm.hub import load
 from med3dvlm.scan import Preparation
 
@@ -440,8 +443,64 @@ def test_zero_shot_is_the_softmax_over_two_prompts(store, dual, volumes, tmp_pat
     for found, row in zip(tables["Findings from prompts"], expected, strict=True):
         for score in ("AUROC", "F1", "weighted F1", "accuracy", "precision", "recall"):
             assert found[score] == pytest.approx(row[score])
-    blank = tables["Evidence controls"][0]["blank"]
-    assert blank == pytest.approx(0.5)  # the same probability for all
+    controls = by(tables["Evidence controls"], "score")
+    for score in ("AUROC", "F1", "weighted F1", "accuracy", "precision", "recall"):
+        assert f"{score}, mean of findings" in controls
+    assert controls["AUROC, mean of findings"]["blank"] == pytest.approx(0.5)  # the same for all
+    head = by(tables["Evidence controls, findings from the concept head"], "score")
+    each = [row for score, row in head.items() if score.startswith("AUROC, ")]
+    assert len(each) > 3 and all(row["blank"] == pytest.approx(0.5) for row in each)
+
+
+def test_scans_far_from_the_threshold_are_still_ranked():
+    images = np.eye(4, 8, dtype=np.float32)
+    prompts = (np.zeros((1, 8), np.float32), np.zeros((1, 8), np.float32))
+    prompts[0][0, :4] = 0.20, 0.21, 0.22, 0.23  # 20 to 23 at CLIP's scale of 100
+    model = SimpleNamespace(loss=SimpleNamespace(log_scale=torch.tensor(100.0).log()))
+    margins = prompt_margins(model, images, prompts)
+    assert margins[:, 0] == pytest.approx([20, 21, 22, 23], rel=1e-4)
+    truth = np.array([[0], [0], [1], [1]])
+    table = classification_table(truth, 1 / (1 + np.exp(-margins)), ["a"], scores=margins)
+    assert table[0]["AUROC"] == 1
+
+
+class Yes:
+    """Says yes to all."""
+
+    def says_yes(self, seen, questions):
+        return np.ones(len(questions), bool)
+
+    def write(self, seen, questions, choices=None):
+        return ["a nodule"] * len(questions)
+
+
+@pytest.mark.parametrize("order", [("yes_no", "open"), ("open", "yes_no")])
+def test_a_question_of_two_kinds_in_the_same_words_is_asked_of_the_blank_as_either(order):
+    asked = {"text": "Is there a nodule?", "type": 4, "choices": None, "answer_choice": None}
+    questions = [
+        {**asked, "kind": kind, "answer": "yes" if kind == "yes_no" else "a nodule"}
+        for kind in order
+    ]
+    cases = SimpleNamespace(studies=[{"id": "a", "questions": questions}])
+    seen = {"scan": torch.zeros(1, 1), "blank": torch.zeros(1, 1)}
+    for samples in answer_conditions(Yes(), cases, seen).values():
+        assert by(samples, "kind")["yes_no"]["scores"] == {"yes_no accuracy": 1.0}
+        assert by(samples, "kind")["open"]["text"] == "a nodule"
+
+
+def test_by_chance_an_answer_about_another_study_is_given():
+    def sample(study: str, kind: int, answer: str) -> dict:
+        return {"study": study, "type": kind, "answer": answer}
+
+    alone = [sample("a", 1, "the liver"), sample("a", 1, "the spleen"), sample("a", 2, "axial")]
+    assert wording_by_chance(alone, Wording(["BLEU-1"])) == {}
+    two = [*alone, sample("b", 1, "the liver")]
+    expected = wording_scores(
+        ["the liver", "the spleen", "the liver"], ["the liver"] * 3, ["BLEU-1"]
+    )
+    assert wording_by_chance(two, Wording(["BLEU-1"])) == pytest.approx(
+        {"BLEU-1": np.mean(expected["BLEU-1"])}
+    )
 
 
 # --- controls ---------------------------------------------------------------------------------
@@ -509,6 +568,15 @@ def test_two_runs_are_compared_study_by_study(vqa, store, tmp_path):
     assert row["studies"] == TEST and row["p"] == expected["p"]
     assert row["difference"] == pytest.approx(np.mean(means[1]) - np.mean(means[0]))
     assert (tmp_path / "c" / "second-run-minus-first.csv").is_file()
+    whole = by(
+        json.loads(result.stdout)["tables"]["Second run minus first, counted over all studies"],
+        "score",
+    )
+    of_runs = [json.loads((f / "results.json").read_text()) for f in (vqa, tmp_path / "b")]
+    balanced = [by(of["tables"]["Yes or no"], "right answer")["balanced"] for of in of_runs]
+    row = whole["yes or no, balanced"]
+    assert [row["first"], row["second"]] == pytest.approx([r["accuracy"] for r in balanced])
+    assert row["difference low"] <= row["difference"] <= row["difference high"]
     evaluated(tmp_path / "short", "vqa", store, "--model", "always-no", "--limit", 4)
     refused = run("compare", vqa, tmp_path / "short")
     assert refused.exit_code == 1 and "other studies" in str(refused.exception)

@@ -16,6 +16,7 @@ from med3dvlm.evaluate.wording import (
     read_wordnet,
     rouge,
 )
+from tests.evaluate.tiny import tiny_bert
 
 REFERENCES = [
     "The heart is enlarged. There is a small right pleural effusion.",
@@ -119,56 +120,46 @@ def test_missing_wordnet_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory):
-    import torch
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("bert")
-    words = sorted({w.strip(".,;").lower() for t in REFERENCES + DRAFTS for w in t.split()})
-    (folder / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, ".", ",", ";", "-"])
-    )
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=200,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
+def encoder(tmp_path_factory):
+    return tiny_bert(tmp_path_factory.mktemp("bert"), REFERENCES + DRAFTS)
 
 
-def test_bert_score_is_bert_scores(tiny_bert):
+def test_bert_score_is_bert_scores(encoder):
     from bert_score import BERTScorer
 
-    scorer = BERTScorer(model_type=str(tiny_bert), num_layers=2)
+    scorer = BERTScorer(model_type=str(encoder), num_layers=2)
     scorer._tokenizer.model_max_length = 32
     expected = scorer.score(DRAFTS, REFERENCES)[2].tolist()
-    scores = bert_score_f1(REFERENCES, DRAFTS, tiny_bert)
+    scores = bert_score_f1(REFERENCES, DRAFTS, encoder)
     assert scores == pytest.approx(expected, abs=1e-6)
     assert scores[1] == pytest.approx(1, abs=1e-5) and max(scores[0], scores[2]) < 0.999
-    one_layer = bert_score_f1(REFERENCES, DRAFTS, tiny_bert, layers=1)
+    one_layer = bert_score_f1(REFERENCES, DRAFTS, encoder, layers=1)
     assert one_layer[0] != pytest.approx(scores[0], abs=1e-6)
 
 
-def test_bert_score_of_empty_and_of_long_texts(tiny_bert):
+def test_bert_score_of_empty_and_of_long_texts(encoder):
     long = " ".join(REFERENCES * 10)
-    empty, cut = bert_score_f1(["the heart", long], [" ", long], tiny_bert)
+    empty, cut = bert_score_f1(["the heart", long], [" ", long], encoder)
     assert empty == 0 and cut == pytest.approx(1, abs=1e-5)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        bert_score_f1(["a"], ["b"], tiny_bert / "nowhere")
+        bert_score_f1(["a"], ["b"], encoder / "nowhere")
 
 
-def test_a_table_has_means_with_intervals(tiny_bert):
+def test_an_encoder_that_cannot_be_used_is_refused_in_one_sentence(encoder, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot use this model .*between 0 and 2"):
+        bert_score_f1(["a"], ["b"], encoder, layers=3)
+    (tmp_path / "config.json").write_text((encoder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"cannot use this model .*with its tokenizer") as refused:
+        bert_score_f1(["a"], ["b"], tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_table_has_means_with_intervals(encoder):
     rows = wording_table(["a b", "a b"], ["a b", "c d"], ["BLEU-1", "ROUGE-1"])
     assert [row["metric"] for row in rows] == ["BLEU-1", "ROUGE-1"]
     assert [row["mean"] for row in rows] == pytest.approx([0.5, 0.5])
     assert rows[0]["low"] <= 0.5 <= rows[0]["high"]
-    row = wording_table(REFERENCES, DRAFTS, ["BERTScore-F1"], bert=tiny_bert)[0]
+    row = wording_table(REFERENCES, DRAFTS, ["BERTScore-F1"], bert=encoder)[0]
     assert row["low"] < row["mean"] < row["high"]
     for arguments in ((["a"], ["b"], ["BLUE"]), (["a"], []), (["a"], ["b"], ["BERTScore-F1"])):
         with pytest.raises(ValueError, match=r"choose from|as many|folder as bert"):

@@ -15,6 +15,7 @@ from med3dvlm.cli.store import StoreArgument, data_module
 
 if TYPE_CHECKING:
     from med3dvlm.evaluate.tasks import Answerer, Cases, Run, Search
+    from med3dvlm.evaluate.tasks.wording import TextScorer
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model.")
 
@@ -26,16 +27,22 @@ ControlsOption = Annotated[
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Where a run computes, and where its results go."""
+class OutputOptions:
+    """Where the results of a run go."""
 
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write tables, predictions and report.html here."),
     ] = None
+    as_json: JsonOption = False
+
+
+@dataclass(frozen=True)
+class RunOptions(OutputOptions):
+    """Of a run that computes: where, and what it draws."""
+
     device: DeviceOption = "auto"
     seed: SeedOption = 0
-    as_json: JsonOption = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,37 @@ class StoreOptions(BatchOptions):
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class BertOptions:
+    """BERTScore beside the counted metrics of wording."""
+
+    bert: Annotated[
+        str | None, typer.Option(help="Count BERTScore, by an encoder's folder or hub name.")
+    ] = None
+    bert_layer: Annotated[
+        int | None, typer.Option(min=1, help="Whose output BERTScore compares; the last if not.")
+    ] = None
+
+    def scorers(self, device: str) -> dict[str, TextScorer]:
+        """BERTScore by its name, the encoder loaded; nothing where it is not asked for."""
+        if self.bert is None:
+            if self.bert_layer is not None:
+                raise typer.BadParameter("--bert-layer goes with --bert: give the encoder.")
+            return {}
+        from med3dvlm.evaluate.tasks import load_bert_score
+        from med3dvlm.evaluate.wording import BERT_SCORE
+
+        where = None if device == "auto" else device
+        return {BERT_SCORE: load_bert_score(self.bert, layer=self.bert_layer, device=where)}
+
+
+ScorerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="radgraph, ratescore or green (RadEval's, extra radeval), or a metric of your own, "
+        "package.module:function of (references, candidates); repeatable."
+    ),
+]
 AnswererOption = Annotated[
     str,
     typer.Option(
@@ -129,23 +167,18 @@ def report(
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Probability above which a template asserts.")
     ] = 0.5,
-    scorer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="radgraph, ratescore or green (RadEval's, extra radeval), or a metric of your "
-            "own, package.module:function of (references, candidates); repeatable."
-        ),
-    ] = None,
+    scorer: ScorerOption = None,
     *,
+    wording: BertOptions,
     options: StoreOptions,
 ) -> None:
     """Wording, findings and CRG of drafted reports, beside nearest reports and templates.
 
     Example: `med3dvlm evaluate report ct-rate.store --model runs/instruction --limit 500`
     """
-    from med3dvlm.evaluate.tasks import LanguageModel, evaluate_report, load_scorer
+    from med3dvlm.evaluate.tasks import LanguageModel, evaluate_report
 
-    scorers = {name: load_scorer(name) for name in scorer or ()}
+    scorers = _scorers(wording, scorer, options.device)
     cases = options.cases(store)
     answerer = LanguageModel(common.load_language_model(model, options.device))
     _check(cases, answerer.preparation)
@@ -171,6 +204,7 @@ def vqa(
     model: AnswererOption = "demo",
     reports: ReportsOption = None,
     *,
+    wording: BertOptions,
     options: StoreOptions,
 ) -> None:
     """Closed questions by likelihood and by the published rule, yes or no, and open ones.
@@ -179,6 +213,7 @@ def vqa(
     """
     from med3dvlm.evaluate.tasks import QuestionOnly, evaluate_vqa
 
+    scorers = wording.scorers(options.device)
     cases = options.cases(store)
     if model == QuestionOnly.label:
         answerer: Answerer = QuestionOnly(_questions(reports or store))
@@ -189,6 +224,7 @@ def vqa(
         run = evaluate_vqa(
             answerer,
             cases,
+            scorers=scorers,
             **options.how(),
             progress=progress,
         )
@@ -359,6 +395,44 @@ def calibration(
     _finish(run, options)
 
 
+@app.command("predictions")
+@grouped
+def predictions(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help=".jsonl or .csv with reference and prediction in each row, and if you like study, "
+            "type and, of closed questions, answer_choice and choices."
+        ),
+    ],
+    findings: Annotated[
+        str | None, typer.Option(help="Read findings out of the texts, too: ct-rate or phantoms.")
+    ] = None,
+    scorer: ScorerOption = None,
+    device: DeviceOption = "auto",
+    *,
+    wording: BertOptions,
+    options: OutputOptions,
+) -> None:
+    """Wording, string rule and findings of texts that any model has written.
+
+    Example: `med3dvlm evaluate predictions theirs.jsonl --findings ct-rate -o runs/theirs`
+    """
+    from med3dvlm.evaluate.findings import VOCABULARIES
+    from med3dvlm.evaluate.tasks import evaluate_predictions, read_predictions
+
+    if findings is not None and findings not in VOCABULARIES:
+        known = ", ".join(VOCABULARIES)
+        raise typer.BadParameter(f"--findings {findings!r} is unknown: use {known}.")
+    rows = read_predictions(file)
+    run = evaluate_predictions(
+        rows,
+        terms=None if findings is None else VOCABULARIES[findings],
+        scorers=_scorers(wording, scorer, device),
+    )
+    _finish(run, options)
+
+
 @app.command("compare")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="The --output of a run.")],
@@ -384,7 +458,7 @@ def compare(
 def phantoms(
     model: ModelOption = "demo",
     count: Annotated[int, typer.Option("--count", "-n", min=10, help="Held-out studies.")] = 500,
-    controls: ControlsOption = 20,
+    controls: ControlsOption = 40,
     twins: Annotated[int, typer.Option(min=0, help="Pairs of either kind; 0 for none.")] = 36,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write tables (JSON, CSV, Markdown) here.")
@@ -435,6 +509,13 @@ def _check(cases: Cases, preparation: Any) -> None:
     from med3dvlm.scan import compare_preparations
 
     compare_preparations(cases.preparation, preparation)
+
+
+def _scorers(wording: BertOptions, names: list[str] | None, device: str) -> dict[str, TextScorer]:
+    """What judges texts beside the counted metrics, by name, loaded."""
+    from med3dvlm.evaluate.tasks import load_scorer
+
+    return wording.scorers(device) | {name: load_scorer(name) for name in names or ()}
 
 
 def _answerer(name: str, device: str) -> Answerer:
@@ -491,7 +572,7 @@ def _search(
     return Search(dual, [text for text in texts if text and text.strip()], threshold), ""
 
 
-def _finish(run: Run, options: RunOptions) -> None:
+def _finish(run: Run, options: OutputOptions) -> None:
     if options.output is not None:
         run.save(options.output)
         common.note(f"page: {options.output / 'report.html'}")

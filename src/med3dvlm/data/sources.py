@@ -125,18 +125,39 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     """The rows of a .csv (UTF-8, with or without its mark) or .jsonl table.
 
     Raises:
-        SourceError: if it cannot be read as such.
+        SourceError: if it cannot be read as such, with the number of a broken line.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")  # spreadsheets put a mark in front
-        if path.suffix.lower() == ".csv":  # line breaks inside quotes are the report's own
-            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         raise SourceError(f"{path} cannot be read as a table: {error}.") from error
-    faulty = next((n for n, row in enumerate(rows, start=1) if not isinstance(row, dict)), None)
-    if faulty:
-        raise SourceError(f"{path}, row {faulty}: it is no object; give one JSON object a line.")
+    return _csv_rows(path, text) if path.suffix.lower() == ".csv" else _json_rows(path, text)
+
+
+def _csv_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    # line breaks inside quotes are the report's own
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise SourceError(f"{path}, line {reader.line_num}: it is no CSV ({error}).") from error
+
+
+def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)  # without its place, in the line alone
+            raise SourceError(f"{path}, line {number}: it is no JSON ({reason}).") from error
+        if not isinstance(row, dict):
+            raise SourceError(
+                f"{path}, line {number}: it is no object; give one JSON object a line."
+            )
+        rows.append(row)
     return rows
 
 

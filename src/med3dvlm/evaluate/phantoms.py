@@ -11,9 +11,9 @@ from med3dvlm.evaluate.retrieval import retrieval_table
 from med3dvlm.evaluate.tables import Results
 from med3dvlm.evaluate.tasks.answerers import LanguageModel
 from med3dvlm.evaluate.tasks.cases import cases_of_phantoms
-from med3dvlm.evaluate.tasks.controls import SCAN, control_table, look
-from med3dvlm.evaluate.tasks.report import draft
-from med3dvlm.evaluate.tasks.retrieval import embeddings, see_with
+from med3dvlm.evaluate.tasks.controls import BLANK, SCAN, Scorer, control_table, look
+from med3dvlm.evaluate.tasks.report import draft, finding_scores
+from med3dvlm.evaluate.tasks.retrieval import embeddings, retrieval_scorer, see_with
 from med3dvlm.evaluate.tasks.twins import evaluate_twins
 from med3dvlm.evaluate.tasks.vqa import answer_conditions, closed_of, vqa_scorer, yes_no_of
 from med3dvlm.evaluate.vqa import closed_table, yes_no_table
@@ -28,7 +28,7 @@ def evaluate_on_phantoms(
     count: int = 500,
     seed: int = 0,
     batch_size: int = 32,
-    controls: int = 20,
+    controls: int = 40,
     twins: int = 36,
     progress: Progress | None = None,
 ) -> Results:
@@ -37,7 +37,8 @@ def evaluate_on_phantoms(
     Args:
         count: the first so many studies of the split `test`.
         seed: of the generator; 0 is what the model card reports.
-        controls: studies whose questions are asked with other volumes, too; 0 for none.
+        controls: studies that are looked for, asked about and reported on with other volumes,
+            too; 0 for none.
         twins: pairs of either kind; 0 for none.
     """
     compare_preparations(dual.preparation, vlm.preparation)
@@ -60,16 +61,28 @@ def evaluate_on_phantoms(
     )
     results.add("Closed questions, by likelihood", closed_table(closed_of(answered[SCAN])))
     results.add("Yes or no, by likelihood", yes_no_table(*yes_no_of(answered[SCAN])))
-    said = cases.said(draft(answerer, seen["language"][SCAN], batch_size=batch_size))
-    names = list(cases.terms or {})
+    said = {
+        condition: cases.said(draft(answerer, rows, once=condition == BLANK, batch_size=batch_size))
+        for condition, rows in seen["language"].items()
+    }
+    names, true = list(cases.terms or {}), cases.finding_matrix()
     truth, drafted = (
         [dict(zip(names, map(bool, row), strict=True)) for row in matrix]
-        for matrix in (cases.finding_matrix(), said)
+        for matrix in (true, said[SCAN])
     )
     results.add("Findings of drafted reports", finding_table(truth, drafted))
     if controls:
-        rows = control_table(vqa_scorer(answered, ()), min(controls, count))
-        results.add("Evidence controls of the questions", rows)
+        pool = {c: embeddings(dual, of[:controls]) for c, of in seen["search"].items()}
+        scorers: dict[str, Scorer] = {
+            "retrieval": retrieval_scorer(pool, texts),
+            "the questions": vqa_scorer(answered),
+            "drafted reports": lambda condition, chosen: finding_scores(
+                true[list(chosen)], said[condition][list(chosen)]
+            ),
+        }
+        for name, scorer in scorers.items():
+            rows = control_table(scorer, min(controls, count))
+            results.add(f"Evidence controls of {name}", rows)
     if twins:
         results.tables += evaluate_twins(
             answerer, count=twins, seed=seed, progress=progress

@@ -32,15 +32,19 @@ def finding_table(truth: Sequence[Findings], predicted: Sequence[Findings]) -> l
     occurring = [row for row in rows if row["positives"]]
     macro: Row = {"finding": "macro mean", "positives": int(true.sum())}
     for key in [key for key in rows[0] if key not in macro]:
-        macro[key] = float(np.mean([row[key] for row in occurring])) if occurring else 0.0
+        macro[key] = float(np.mean([row[key] for row in occurring])) if occurring else None
     return [*rows, macro, _row("micro, all", true, said)]
 
 
 def micro_f1(true: np.ndarray, said: np.ndarray) -> tuple[float, float | None, float | None, float]:
-    """Micro F1 of (studies, findings) bool, its 95% interval over studies, and F1 by chance."""
+    """Micro F1 of (studies, findings) bool, its 95% interval over studies, and F1 by chance.
+
+    NaN where no study has a finding; such resamples do not count.
+    """
 
     def f1(chosen: np.ndarray | slice) -> float:
-        return float(_row("", true[chosen], said[chosen])["F1"] or 0.0)
+        value = _row("", true[chosen], said[chosen])["F1"]
+        return float("nan") if value is None else float(value)
 
     low, high = interval_of(f1, len(true))
     return f1(slice(None)), float(low), float(high), _chance_f1(true)
@@ -118,14 +122,14 @@ def _arrays(
 
 
 def _row(name: str, true: np.ndarray, said: np.ndarray) -> Row:
-    """Scores of (studies, findings) pooled."""
+    """Scores of (studies, findings) pooled; without positives no precision, recall or F1."""
     hits, there, asserted = int((true & said).sum()), int(true.sum()), int(said.sum())
     return {
         "finding": name,
         "positives": there,
-        "precision": hits / asserted if asserted else 0.0,
-        "recall": hits / there if there else 0.0,
-        "F1": 2 * hits / (there + asserted) if there + asserted else 0.0,
+        "precision": (hits / asserted if asserted else 0.0) if there else None,
+        "recall": hits / there if there else None,
+        "F1": 2 * hits / (there + asserted) if there else None,
         "F1 by chance": _chance_f1(true),
         "F1 always asserted": _always_f1(true),
         "F1 never asserted": 0.0,

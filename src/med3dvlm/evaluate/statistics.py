@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,11 +14,20 @@ BATCH = 100  # resamples at once: 100 × n floats and not 1000 × n
 
 
 def interval(
-    scores: ArrayLike, *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    scores: ArrayLike,
+    *,
+    groups: Sequence[object] | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of per-sample scores, (low, high).
 
     Scores that are all alike, or a single one, have no spread: both ends are their mean.
+
+    Args:
+        groups: what each score belongs to, such as the study that a question is about; whole
+            groups are drawn then, for what belongs together varies together.
 
     Raises:
         ValueError: without scores, or with one that is not a number.
@@ -26,6 +35,14 @@ def interval(
     values = _numbers(scores)
     if np.all(values == values[0]):
         return float(values[0]), float(values[0])
+    if groups is not None:
+        sums, counts = grouped(values, groups)
+
+        def mean(chosen: np.ndarray) -> float:
+            return float(sums[chosen].sum() / counts[chosen].sum())
+
+        ends = interval_of(mean, len(sums), level=level, resamples=resamples, seed=seed)
+        return float(ends[0]), float(ends[1])
     found = bootstrap(
         (values,),
         np.mean,
@@ -37,6 +54,12 @@ def interval(
         vectorized=True,
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def grouped(scores: ArrayLike, groups: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:
+    """(sums, counts) of the scores of each group."""
+    _, codes = np.unique([str(group) for group in groups], return_inverse=True)
+    return np.bincount(codes, np.asarray(scores, dtype=float)), np.bincount(codes).astype(float)
 
 
 def interval_of(

@@ -15,6 +15,7 @@ from med3dvlm.files import atomic_file, write_json
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
+P_VALUE = "p"  # a column of the probabilities that a test gives
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Table:
     """Rows of named values; what a row lacks is shown as a dash.
 
     Attributes:
-        shares: whether floats from 0 to 1 are shares, shown as percentages in Markdown. CSV and
+        shares: whether floats from 0 to 1 are shares, shown as percentages in Markdown, and
+            columns that begin with "difference" differences of shares, shown in points. CSV and
             JSON always hold the plain number.
     """
 
@@ -40,7 +42,9 @@ class Table:
         if not columns:
             return f"**{self.title}**\n\n(no rows)"
         lines = [[_escape(column) for column in columns], ["---"] * len(columns)]
-        lines += [[_escape(self.show(row.get(column))) for column in columns] for row in self.rows]
+        lines += [
+            [_escape(self.show(row.get(column), column)) for column in columns] for row in self.rows
+        ]
         return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
     def to_csv(self) -> str:
@@ -54,12 +58,16 @@ class Table:
         """The rows with NaN and infinities as None: JSON has no word for them."""
         return [{key: _plain(value) for key, value in row.items()} for row in self.rows]
 
-    def show(self, value: Value) -> str:
-        """A value as people read it."""
+    def show(self, value: Value, column: str) -> str:
+        """A value of a column as people read it."""
         value = _plain(value)
         if value is None:
             return "–"
         if isinstance(value, float):
+            if column == P_VALUE:
+                return f"{value:.2g}"
+            if self.shares and column.startswith("difference"):
+                return f"{100 * value:+.1f}"
             share = self.shares and 0 <= value <= 1
             return f"{100 * value:.1f}%" if share else f"{value:.4g}"
         return str(value)

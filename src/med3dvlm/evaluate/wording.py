@@ -84,6 +84,7 @@ def bert_score_f1(
     *,
     layers: int | None = None,
     batch_size: int = 32,
+    device: str | None = None,
 ) -> list[float]:
     """BERTScore F1 of every draft, not rescaled, without idf weights; bert-score counts.
 
@@ -93,9 +94,12 @@ def bert_score_f1(
         model: folder of a Hugging Face encoder with its tokenizer; nothing is downloaded.
         layers: whose output is compared; all the layers that the model has, if not given. The
             published figures use 17 of `roberta-large`.
+        batch_size: texts that are encoded together.
+        device: where they are encoded; on a GPU if there is one, if not given.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
+        ValueError: if BERTScore cannot use the model there, or it has fewer layers.
     """
     if not (Path(model) / "config.json").is_file():
         raise FileNotFoundError(
@@ -104,7 +108,7 @@ def bert_score_f1(
     scores = np.zeros(len(drafts))
     told = [i for i, pair in enumerate(zip(references, drafts, strict=True)) if all(_full(pair))]
     if told:
-        _, _, f1 = _bert_scorer(str(model), layers).score(
+        _, _, f1 = _bert_scorer(str(model), layers, device).score(
             [drafts[i] for i in told], [references[i] for i in told], batch_size=batch_size
         )
         scores[told] = f1.numpy()
@@ -268,15 +272,23 @@ def _rouge(kind: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _bert_scorer(folder: str, layers: int | None) -> Any:
+def _bert_scorer(folder: str, layers: int | None, device: str | None) -> Any:
     try:
         from bert_score import BERTScorer
     except ImportError as error:
         raise ImportError(INSTALL) from error
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    scorer = BERTScorer(model_type=folder, num_layers=layers or config.num_hidden_layers)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        depth = layers or config.num_hidden_layers
+        scorer = BERTScorer(model_type=folder, num_layers=depth, device=device)
+    except Exception as error:  # transformers raises many kinds; each means: not to be used
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(
+            f"{folder}: BERTScore cannot use this model ({reason}); give the folder of a saved "
+            "encoder with its tokenizer, and a layer that it has."
+        ) from error
     # RoBERTa's positions begin behind its padding token
     positions = config.max_position_embeddings
     if config.model_type in ("roberta", "xlm-roberta"):

@@ -22,6 +22,7 @@ def classification_table(
     probabilities: ArrayLike,
     names: Sequence[str],
     *,
+    scores: ArrayLike | None = None,
     thresholds: Thresholds = "nearest corner",
     resamples: int = 1000,
     seed: int = 0,
@@ -36,6 +37,8 @@ def classification_table(
         truth: (studies, findings) of 0 and 1.
         probabilities: (studies, findings), 0 to 1.
         names: of the findings.
+        scores: (studies, findings), what the AUROC ranks studies by where probabilities come too
+            near to 0 or 1 to tell them apart; the probabilities, if not given.
         thresholds: a finding is present where its probability is above. "nearest corner" takes
             for each finding the one of 100 whose ROC point is nearest to (0, 1), as CT-CLIP's
             evaluation does, on these very studies; that flatters. Thresholds chosen on a
@@ -45,11 +48,15 @@ def classification_table(
         A row per finding: finding, positives, threshold, and each score with its low and high.
         A finding that all studies have, or none, has no AUROC and no nearest corner: it has a
         threshold of one half where that was asked for, and is left out of the last row, the mean.
+        Without positives there is no F1, precision or recall, in a resample neither.
 
     Raises:
         ValueError: for shapes that do not fit, labels but 0 and 1, or probabilities out of 0..1.
     """
     true, given = _checked(truth, probabilities, names)
+    ranked = given if scores is None else np.asarray(scores, dtype=float)
+    if ranked.shape != given.shape:
+        raise ValueError(f"scores are {ranked.shape}, probabilities {given.shape}: give as many.")
     if isinstance(thresholds, str):
         if thresholds != "nearest corner":
             raise ValueError(f'thresholds is {thresholds!r}: give "nearest corner" or numbers.')
@@ -59,13 +66,12 @@ def classification_table(
     said = given > limits
     mixed = true.any(axis=0) & ~true.all(axis=0)
 
-    def scores(chosen: np.ndarray | slice) -> np.ndarray:
-        each = _scores(true[chosen], given[chosen], said[chosen])
-        mean = each[:, mixed].mean(axis=1) if mixed.any() else np.full(len(SCORES), np.nan)
-        return np.column_stack([each, mean])
+    def scored(chosen: np.ndarray | slice) -> np.ndarray:
+        each = _scores(true[chosen], ranked[chosen], said[chosen])
+        return np.column_stack([each, _means(each[:, mixed])])
 
-    found = scores(slice(None))
-    low, high = interval_of(scores, len(true), resamples=resamples, seed=seed)
+    found = scored(slice(None))
+    low, high = interval_of(scored, len(true), resamples=resamples, seed=seed)
     rows: list[Row] = []
     for i, name in enumerate([*names, "mean"]):
         positives = true[:, i].sum() if i < len(names) else true[:, mixed].sum()
@@ -111,21 +117,37 @@ def _checked(
 
 
 def _scores(true: np.ndarray, given: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """(scores, findings) in the order of SCORES; 0 where a denominator is 0, but no AUROC."""
+    """(scores, findings) in the order of SCORES.
+
+    NaN: an AUROC where all studies are of one class; F1, precision and recall without positives.
+    A precision where nothing is asserted is 0.
+    """
     count, positives, asserted = len(true), true.sum(axis=0), said.sum(axis=0)
     hits = (true & said).sum(axis=0)
     rejected = count - positives - asserted + hits  # neither there nor asserted
     f1 = _share(2 * hits, positives + asserted)
     f1_absent = _share(2 * rejected, 2 * count - positives - asserted)
+    there = np.where(positives > 0, 1.0, np.nan)
     return np.array(
         [
             auroc(true, given),
-            f1,
+            there * f1,
             (positives * f1 + (count - positives) * f1_absent) / count,
             (hits + rejected) / count,
-            _share(hits, asserted),
-            _share(hits, positives),
+            there * _share(hits, asserted),
+            there * _share(hits, positives),
         ]
+    )
+
+
+def _means(scores: np.ndarray) -> np.ndarray:
+    """(scores, findings) -> (scores,), of the findings that have one."""
+    known = np.isfinite(scores)
+    return np.divide(
+        np.where(known, scores, 0).sum(axis=1),
+        known.sum(axis=1),
+        out=np.full(len(scores), np.nan),
+        where=known.any(axis=1),
     )
 
 

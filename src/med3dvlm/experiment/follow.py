@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Store
+from med3dvlm.evaluate.scores import Score, from_dict
 from med3dvlm.experiment.measure import MEASURES
-from med3dvlm.experiment.scores import Score, from_dict
 from med3dvlm.experiment.spec import TEST, ExperimentError, Planned, run_folder
 from med3dvlm.files import write_json
 from med3dvlm.scan import Preparation

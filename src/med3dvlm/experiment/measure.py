@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from med3dvlm.experiment.scores import Auroc, Ratio, Score
+from med3dvlm.evaluate.scores import Auroc, Ratio, Score
 
 if TYPE_CHECKING:
     from med3dvlm.data.store import Store
@@ -57,7 +57,7 @@ def findings(folder: Path, store: Store, asked: int) -> dict[str, Score]:
     """
     from med3dvlm.evaluate.tasks import cases_of_store
     from med3dvlm.evaluate.tasks.controls import SCAN, look
-    from med3dvlm.evaluate.tasks.report import concept_probabilities
+    from med3dvlm.evaluate.tasks.report import concept_logits
     from med3dvlm.evaluate.tasks.retrieval import see_with
     from med3dvlm.hub import load
 
@@ -65,7 +65,7 @@ def findings(folder: Path, store: Store, asked: int) -> dict[str, Score]:
     dual = load(folder, part="search")
     seen = look({"search": see_with(dual)}, cases, batch_size=BATCH)["search"][SCAN]  # type: ignore[arg-type]
     names, truth = list(cases.terms or {}), cases.finding_matrix()
-    given = concept_probabilities(dual, seen, names)  # type: ignore[arg-type]
+    given = concept_logits(dual, seen, names)  # type: ignore[arg-type]
     columns = {label: place for place, label in enumerate(cases.labels)}
     lesions = [name for name in names if f"{name}/{LARGE}" in columns]
     places = [names.index(name) for name in lesions]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from med3dvlm.evaluate.scores import Auroc, Score, difference
 from med3dvlm.evaluate.tables import Results, Row
 from med3dvlm.evaluate.tasks.cases import CAVEAT
 from med3dvlm.experiment.follow import is_finished, read_cost, read_scores
-from med3dvlm.experiment.scores import Auroc, Score, difference
 from med3dvlm.experiment.spec import Planned, Question
 from med3dvlm.files import atomic_file, write_json
 

@@ -190,6 +190,11 @@ def _check_names(experiment: Experiment) -> None:
     for key in ("train_studies", "test_studies", "asked_studies"):
         if getattr(experiment, key) < 2:
             raise ExperimentError(f"{key} is {getattr(experiment, key)}: it must be 2 or more.")
+    if experiment.asked_studies > experiment.test_studies:
+        raise ExperimentError(
+            f"asked_studies is {experiment.asked_studies}: there are {experiment.test_studies} "
+            "test_studies to ask about."
+        )
     for name, run in runs.items():
         line = [name]
         while (start := runs[line[-1]].start) is not None:
@@ -205,6 +210,8 @@ def _check_names(experiment: Experiment) -> None:
         place = f"questions.{key}"
         if question.reference not in question.arms:
             raise ExperimentError(f"{place}: reference {question.reference!r} is none of its arms.")
+        if not question.measure:
+            raise ExperimentError(f"{place}: measure is empty: use {', '.join(MEASURES)}.")
         for measure in question.measure:
             if measure not in MEASURES:
                 raise ExperimentError(

@@ -6,12 +6,13 @@ from med3dvlm.evaluate.tasks.cases import Cases, cases_of_phantoms, cases_of_sto
 from med3dvlm.evaluate.tasks.compare import compare_runs
 from med3dvlm.evaluate.tasks.controls import Score, control_table, verdict
 from med3dvlm.evaluate.tasks.evidence import evaluate_evidence
+from med3dvlm.evaluate.tasks.predictions import evaluate_predictions, read_predictions
 from med3dvlm.evaluate.tasks.report import Search, evaluate_report
 from med3dvlm.evaluate.tasks.retrieval import evaluate_retrieval
 from med3dvlm.evaluate.tasks.run import Example, Run
 from med3dvlm.evaluate.tasks.twins import evaluate_twins, make_pairs
 from med3dvlm.evaluate.tasks.vqa import evaluate_vqa
-from med3dvlm.evaluate.tasks.wording import load_scorer
+from med3dvlm.evaluate.tasks.wording import load_bert_score, load_scorer
 from med3dvlm.evaluate.tasks.zero_shot import evaluate_zero_shot, fit_calibration
 
 __all__ = [
@@ -30,13 +31,16 @@ __all__ = [
     "control_table",
     "evaluate_calibration",
     "evaluate_evidence",
+    "evaluate_predictions",
     "evaluate_report",
     "evaluate_retrieval",
     "evaluate_twins",
     "evaluate_vqa",
     "evaluate_zero_shot",
     "fit_calibration",
+    "load_bert_score",
     "load_scorer",
     "make_pairs",
+    "read_predictions",
     "verdict",
 ]

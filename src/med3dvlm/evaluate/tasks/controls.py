@@ -44,10 +44,16 @@ class Score:
 Scorer = Callable[[str, Sequence[int]], list[Score]]  # (condition, numbers of studies)
 
 
-def mean_score(name: str, values: ArrayLike, chance: float | None = None) -> Score:
-    """The mean of per-sample values with its interval."""
+def mean_score(
+    name: str,
+    values: ArrayLike,
+    chance: float | None = None,
+    *,
+    groups: Sequence[str] | None = None,
+) -> Score:
+    """The mean of per-sample values with its interval, over groups where they are given."""
     numbers = np.asarray(values, dtype=float)
-    return Score(name, float(numbers.mean()), *interval(numbers), chance)
+    return Score(name, float(numbers.mean()), *interval(numbers, groups=groups), chance)
 
 
 def blank_volume(preparation: Preparation) -> Tensor:

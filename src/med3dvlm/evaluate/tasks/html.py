@@ -51,7 +51,7 @@ def write_page(run: Run, path: Path) -> None:
 
 
 def _table(table: Table) -> str:
-    rows = [[table.show(row.get(column)) for column in table.columns] for row in table.rows]
+    rows = [[table.show(row.get(column), column) for column in table.columns] for row in table.rows]
     return f"<h2>{_text(table.title)}</h2>{_grid(table.columns, rows)}"
 
 

@@ -26,7 +26,7 @@ def png(figure: Figure, *, dpi: int = 100) -> bytes:
 
 def bars(rows: Sequence[Row], name: str, value: str, chance: str | None = None) -> Figure:
     """A bar for each row, with its interval from `low` to `high` and a mark where chance is."""
-    shown = [row for row in rows if row.get(value) is not None]
+    shown = [row for row in rows if np.isfinite(_numbers([row], value))[0]]
     values = _numbers(shown, value)
     figure = Figure(figsize=(7, 0.6 + 0.32 * max(1, len(shown))))
     axes = figure.subplots()

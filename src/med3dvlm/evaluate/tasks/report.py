@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.special import expit
 from torch import Tensor
 
 from med3dvlm.data.sources import Progress
@@ -28,11 +29,11 @@ from med3dvlm.evaluate.tasks.controls import (
 from med3dvlm.evaluate.tasks.plots import bars
 from med3dvlm.evaluate.tasks.retrieval import embeddings, see_with
 from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, begin
-from med3dvlm.evaluate.tasks.wording import TextScorer, average_rows, usable_metrics
-from med3dvlm.evaluate.wording import wording_scores
+from med3dvlm.evaluate.tasks.wording import TextScorer, Wording, average_rows, usable_metrics
 from med3dvlm.models import VolumeTextDualEncoder
 
 MODEL, NEAREST, TEMPLATE = "model", "nearest report", "template"
+F1_OF_A_REPORT = "finding F1 of a report"  # the score of one study
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,16 @@ def evaluate_report(
 ) -> Run:
     """Drafts of every study's report, with evidence controls on the first `controls` studies.
 
+    Args:
+        scorers: metrics of wording beside the counted ones, by name; they may be models, and see
+            each pair of a report and a draft once.
+
     Raises:
         ValueError: if no study has a report.
     """
     cases = cases.with_reports()
-    run = begin("report", answerer, cases.facts)
-    metrics = usable_metrics(run.results)
+    run = begin("report", answerer, cases.facts, controls=controls, seed=seed)
+    wording = Wording(usable_metrics(run.results), scorers)
     encoders = {"language": answerer.see}
     if search is not None:
         encoders["search"] = see_with(search.dual)
@@ -83,7 +88,7 @@ def evaluate_report(
     texts = {MODEL: drafts[SCAN]}
     if search is not None:
         texts |= _drafts_without_language(run, search, cases, seen["search"])
-    scored = _Scored(cases, metrics, scorers or {})
+    scored = _Scored(cases, wording)
     _add_tables(run, scored, texts)
     scorer = report_scorer(scored, drafts)
     add_evidence(run, scorer, cases, controls=controls, by=by)
@@ -125,7 +130,7 @@ def _drafts_without_language(
         )
     names = [name for name in search.dual.config.concepts if name in (cases.terms or {})]
     if search.dual.concept_head is not None and names:
-        given = concept_probabilities(search.dual, seen[SCAN], names)
+        given = expit(concept_logits(search.dual, seen[SCAN], names))
         found[TEMPLATE] = [template_report(names, row > search.threshold) for row in given]
     else:
         run.results.notes.append(
@@ -145,14 +150,12 @@ def nearest_reports(
 
 
 @torch.inference_mode()
-def concept_probabilities(
-    dual: VolumeTextDualEncoder, pooled: Tensor, names: Sequence[str]
-) -> np.ndarray:
-    """(n, C) pooled states -> (n, names) probabilities of the concept head."""
+def concept_logits(dual: VolumeTextDualEncoder, pooled: Tensor, names: Sequence[str]) -> np.ndarray:
+    """(n, C) pooled states -> (n, names) float64 logits of the concept head."""
     assert dual.concept_head is not None
     places = [dual.config.concepts.index(name) for name in names]
     logits = dual.concept_head(dual._to_device(pooled))
-    return logits.sigmoid().float().cpu().numpy()[:, places]
+    return logits.double().cpu().numpy()[:, places]
 
 
 def template_report(names: Sequence[str], present: Sequence[bool]) -> str:
@@ -170,25 +173,16 @@ def template_report(names: Sequence[str], present: Sequence[bool]) -> str:
 
 
 class _Scored:
-    """Scores of texts against the true reports of some studies, counted once a text."""
+    """Scores of texts against the true reports of some studies; each is counted once."""
 
-    def __init__(self, cases: Cases, metrics: Sequence[str], scorers: Mapping[str, TextScorer]):
-        self.cases, self.metrics, self.scorers = cases, metrics, scorers
+    def __init__(self, cases: Cases, wording: Wording):
+        self.cases, self._wording = cases, wording
         self.true = None if cases.terms is None else cases.finding_matrix()
-        self._pair = lru_cache(maxsize=None)(self._pair)
         self._said = lru_cache(maxsize=None)(lambda text: cases.said([text])[0])
-
-    def _pair(self, reference: str, text: str) -> dict[str, float]:
-        return {k: v[0] for k, v in wording_scores([reference], [text], self.metrics).items()}
 
     def wording(self, chosen: Sequence[int], texts: Sequence[str]) -> dict[str, list[float]]:
         """For each metric the scores of the texts of some studies."""
-        references = [self.cases.reports[i] for i in chosen]
-        pairs = [self._pair(*pair) for pair in zip(references, texts, strict=True)]
-        found = {name: [scores[name] for scores in pairs] for name in self.metrics}
-        return found | {
-            name: list(scorer(references, list(texts))) for name, scorer in self.scorers.items()
-        }
+        return self._wording([self.cases.reports[i] for i in chosen], texts)
 
     def said(self, texts: Sequence[str]) -> np.ndarray:
         return np.array([self._said(text) for text in texts], dtype=bool)
@@ -210,7 +204,7 @@ def report_scorer(scored: _Scored, drafts: Mapping[str, Sequence[str]]) -> Score
             for name, values in scored.wording(wanted, texts).items()
         ]
         if scored.true is not None:
-            found += _finding_scores(scored.true[wanted], scored.said(texts))
+            found += finding_scores(scored.true[wanted], scored.said(texts))
         return found
 
     return scores
@@ -227,7 +221,8 @@ def _other_reports(reports: Sequence[str]) -> list[str]:
     ]
 
 
-def _finding_scores(true: np.ndarray, said: np.ndarray) -> list[Score]:
+def finding_scores(true: np.ndarray, said: np.ndarray) -> list[Score]:
+    """Micro F1 and CRG of (texts, findings) bool, as far as there are findings to find."""
     found = []
     if true.any():
         found.append(Score("finding F1, micro", *micro_f1(true, said)))
@@ -251,20 +246,30 @@ def _add_tables(run: Run, scored: _Scored, texts: Mapping[str, Sequence[str]]) -
             "phantoms'."
         )
         return
-    names = list(scored.cases.terms or {})
-    truth = _named(names, scored.true)
-    table = finding_table(truth, _named(names, scored.said(texts[MODEL])))
-    run.results.add("Findings of drafted reports", table)
+    said = {who: scored.said(of) for who, of in texts.items()}
+    add_finding_tables(run, list(scored.cases.terms or {}), scored.true, said)
+
+
+def add_finding_tables(
+    run: Run, names: Sequence[str], true: np.ndarray, said: Mapping[str, np.ndarray]
+) -> None:
+    """What texts assert of some findings, by who wrote them; for the first, finding by finding.
+
+    Args:
+        true, said: (texts, findings) bool.
+    """
+    truth, first = _named(names, true), next(iter(said.values()))
+    run.results.add("Findings of drafted reports", finding_table(truth, _named(names, first)))
     each: list[Row] = []
     for i, name in enumerate(names):
-        f1, low, high, chance = micro_f1(scored.true[:, [i]], scored.said(texts[MODEL])[:, [i]])
+        f1, low, high, chance = micro_f1(true[:, [i]], first[:, [i]])
         each.append({"finding": name, "F1": f1, "low": low, "high": high, "chance": chance})
     run.results.add("F1 of each finding", each)
     run.plots.append(("Findings of drafted reports, F1", bars(each, "finding", "F1", "chance")))
     rows: list[Row] = [
         {"who": who, "score": score.name, **score.row()}
-        for who, of in texts.items()
-        for score in _finding_scores(scored.true, scored.said(of))
+        for who, of in said.items()
+        for score in finding_scores(true, of)
     ]
     run.results.add("Findings, by who drafts", rows)
     run.results.add("Findings of those who have not looked", baseline_table(truth))
@@ -275,7 +280,7 @@ def _named(names: Sequence[str], matrix: np.ndarray) -> list[dict[str, bool]]:
 
 
 def _samples(scored: _Scored, texts: Mapping[str, Sequence[str]]) -> list[dict]:
-    """One a study; `finding F1` is that of the one report, 1 where nothing is there or said."""
+    """One a study."""
     everyone = range(len(scored.cases))
     wording = scored.wording(everyone, texts[MODEL])
     samples = []
@@ -283,20 +288,24 @@ def _samples(scored: _Scored, texts: Mapping[str, Sequence[str]]) -> list[dict]:
         scores = {metric: values[i] for metric, values in wording.items()}
         if scored.true is not None:
             said = scored.said([texts[MODEL][i]])[0]
-            together = int(scored.true[i].sum() + said.sum())
-            hits = int((scored.true[i] & said).sum())
-            scores["finding F1 of a report"] = 2 * hits / together if together else 1.0
-        drafted = dict(zip(texts, _nth(texts, i), strict=True))
-        samples.append(
-            {
-                "study": name,
-                "sample": name,
-                "report": scored.cases.reports[i],
-                "drafts": drafted,
-                "scores": scores,
-            }
-        )
+            scores[F1_OF_A_REPORT] = f1_of_a_report(scored.true[i], said)
+        sample = {
+            "study": name,
+            "sample": name,
+            "report": scored.cases.reports[i],
+            "drafts": dict(zip(texts, _nth(texts, i), strict=True)),
+            "scores": scores,
+        }
+        if scored.true is not None:
+            sample |= {"true": scored.true[i].tolist(), "said": said.tolist()}
+        samples.append(sample)
     return samples
+
+
+def f1_of_a_report(true: np.ndarray, said: np.ndarray) -> float:
+    """F1 of (findings,) bool, 1 where nothing is there or said."""
+    together = int(true.sum() + said.sum())
+    return 2 * int((true & said).sum()) / together if together else 1.0
 
 
 def _nth(texts: Mapping[str, Sequence[str]], index: int) -> list[str]:

@@ -62,7 +62,7 @@ def evaluate_retrieval(
     images = {condition: embeddings(dual, pooled) for condition, pooled in seen.items()}
     texts = dual.embed_texts(cases.reports)
     groups = cases.groups()
-    run = begin("retrieval", dual, cases.facts)
+    run = begin("retrieval", dual, cases.facts, controls=controls, seed=seed)
     run.results.add("Retrieval, own pair only", retrieval_table(images[SCAN], texts, seed=seed))
     shared = retrieval_table(images[SCAN], texts, groups=groups, seed=seed)
     run.results.add("Retrieval, a shared report counts", shared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,13 @@ class Run:
         write_page(self, folder / "report.html")
 
 
-def begin(task: str, model: Any, facts: Mapping[str, Any]) -> Run:
-    """A run without tables, its facts filled in: what is measured, and on which studies."""
+def begin(task: str, model: Any, facts: Mapping[str, Any], **settings: int) -> Run:
+    """A run without tables, its facts filled in: what is measured, on which studies, and how."""
     about = {"task": task, "model": model.label, "weights": model.fingerprint()}
-    return Run(task, Results({**about, **facts}))
+    if model.preparation is not None:
+        about["preparation"] = model.preparation.fingerprint()
+    versions = {"med3dvlm": version("med3dvlm"), "torch": version("torch")}
+    return Run(task, Results({**about, **facts, **settings, **versions}))
 
 
 def add_evidence(

@@ -114,7 +114,7 @@ def evaluate_twins(
     """
     pairs = make_pairs(count, seed=seed)
     facts = {"phantom version": PHANTOM_VERSION, "data": CAVEAT, "pairs": len(pairs)}
-    run = begin("twins", answerer, facts)
+    run = begin("twins", answerer, facts, seed=seed)
     for first in range(0, len(pairs), batch_size):
         part = pairs[first : first + batch_size]
         studies = [study for pair in part for study in pair.studies]

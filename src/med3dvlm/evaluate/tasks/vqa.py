@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from med3dvlm.data.sources import Progress
-from med3dvlm.evaluate.statistics import interval_of
 from med3dvlm.evaluate.tables import Row
 from med3dvlm.evaluate.tasks.answerers import Answerer
 from med3dvlm.evaluate.tasks.cases import Cases
@@ -26,9 +25,13 @@ from med3dvlm.evaluate.tasks.controls import (
 )
 from med3dvlm.evaluate.tasks.plots import bars, confusion
 from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, begin
-from med3dvlm.evaluate.tasks.wording import average_rows, usable_metrics
-from med3dvlm.evaluate.vqa import TYPES, Answered, closed_table, letter_in, yes_no_table
-from med3dvlm.evaluate.wording import wording_scores
+from med3dvlm.evaluate.tasks.wording import (
+    TextScorer,
+    Wording,
+    average_rows_by_type,
+    usable_metrics,
+)
+from med3dvlm.evaluate.vqa import Answered, closed_table, letter_in, yes_no_table
 
 Sample = dict[str, Any]
 KINDS = ("closed", "yes_no", "open")
@@ -39,6 +42,7 @@ def evaluate_vqa(
     answerer: Answerer,
     cases: Cases,
     *,
+    scorers: Mapping[str, TextScorer] | None = None,
     controls: int = 200,
     by: str | None = None,
     batch_size: int = 8,
@@ -46,6 +50,10 @@ def evaluate_vqa(
     progress: Progress | None = None,
 ) -> Run:
     """All questions of some studies, with evidence controls on the first `controls` studies.
+
+    Args:
+        scorers: metrics of open answers beside the counted ones, by name; each pair of a right
+            answer and a given one is scored once.
 
     Raises:
         ValueError: if no study has a question.
@@ -63,12 +71,12 @@ def evaluate_vqa(
             seed=seed,
             progress=progress,
         )["language"]
-    run = begin("vqa", answerer, cases.facts)
+    run = begin("vqa", answerer, cases.facts, controls=controls, seed=seed)
     answered = answer_conditions(answerer, cases, seen, batch_size=batch_size, progress=progress)
     run.samples = answered[SCAN]
-    metrics = score_open(answered, run)
-    _add_tables(run, answered[SCAN], metrics)
-    scorer = vqa_scorer(answered, metrics)
+    wording = score_open(answered, run, scorers)
+    _add_tables(run, answered[SCAN], wording)
+    scorer = vqa_scorer(answered, wording)
     add_evidence(run, scorer, cases, controls=controls, by=by)
     _add_plots(run)
     run.examples = _examples(cases, answered[SCAN])
@@ -101,10 +109,11 @@ def answer_conditions(
             asked = range(first, first + STUDIES_AT_ONCE)
             part = [s for s in samples[condition] if s["index"] in asked]
             if condition == BLANK:
-                new = {_words_asked(s): s for s in part if _words_asked(s) not in memory}
+                decided = [s for s in part if s["kind"] != "open"]
+                new = {_words_asked(s): s for s in decided if _words_asked(s) not in memory}
                 decide(answerer, rows, list(new.values()))
                 memory |= {words: sample["given"] for words, sample in new.items()}
-                for sample in part:
+                for sample in decided:
                     sample["given"] = memory[_words_asked(sample)]
             else:
                 decide(answerer, rows, part)
@@ -140,7 +149,7 @@ def _questions(cases: Cases, index: int, written: bool) -> list[Sample]:
 
 
 def _words_asked(sample: Sample) -> tuple[str, ...]:
-    return (sample["question"], *(sample["choices"] or ()))
+    return (sample["kind"], sample["question"], *(sample["choices"] or ()))
 
 
 def decide(answerer: Answerer, rows: Tensor, samples: Sequence[Sample]) -> None:
@@ -182,22 +191,19 @@ def _scored(sample: Sample) -> Sample:
     return {**sample, "scores": scores}
 
 
-def score_open(answered: dict[str, list[Sample]], run: Run) -> list[str]:
-    """Give every open answer its wording scores; the names of the metrics."""
-    if not any(sample["kind"] == "open" for sample in answered[SCAN]):
-        return []
-    metrics = usable_metrics(run.results)
-    for samples in answered.values():
-        opened = [sample for sample in samples if sample["kind"] == "open"]
-        scores = (
-            wording_scores([s["answer"] for s in opened], [s["text"] for s in opened], metrics)
-            if opened
-            else {}
-        )
-        for name, values in scores.items():
-            for sample, value in zip(opened, values, strict=True):
-                sample["scores"][f"open {name}"] = value
-    return metrics
+def score_open(
+    answered: dict[str, list[Sample]], run: Run, scorers: Mapping[str, TextScorer] | None = None
+) -> Wording | None:
+    """Give every open answer its wording scores; what scored them, None where there is none."""
+    opened = [s for samples in answered.values() for s in samples if s["kind"] == "open"]
+    if not opened:
+        return None
+    wording = Wording(usable_metrics(run.results), scorers)
+    scores = wording([s["answer"] for s in opened], [s["text"] for s in opened])
+    for name, values in scores.items():
+        for sample, value in zip(opened, values, strict=True):
+            sample["scores"][f"open {name}"] = value
+    return wording
 
 
 # --- tables and scores ------------------------------------------------------------------------
@@ -212,32 +218,33 @@ def closed_of(samples: Sequence[Sample]) -> list[Answered]:
             choices=len(s["choices"]),
             text=s["text"],
             answer=s["answer"],
+            study=s["study"],
         )
         for s in samples
         if s["kind"] == "closed"
     ]
 
 
-def yes_no_of(samples: Sequence[Sample]) -> tuple[list[bool], list[bool]]:
-    """(right, given): whether each is yes."""
+def yes_no_of(samples: Sequence[Sample]) -> tuple[list[bool], list[bool], list[str]]:
+    """(right, given, studies): whether each is yes, and which study it is about."""
     asked = [s for s in samples if s["kind"] == "yes_no"]
-    return [s["right"] == "yes" for s in asked], [s["given"] == "yes" for s in asked]
+    right, given = ([s[key] == "yes" for s in asked] for key in ("right", "given"))
+    return right, given, [s["study"] for s in asked]
 
 
-def _add_tables(run: Run, samples: Sequence[Sample], metrics: Sequence[str]) -> None:
-    closed, (right, given) = closed_of(samples), yes_no_of(samples)
+def _add_tables(run: Run, samples: Sequence[Sample], wording: Wording | None) -> None:
+    closed, yes_no = closed_of(samples), yes_no_table(*yes_no_of(samples))
     opened = [sample for sample in samples if sample["kind"] == "open"]
     if closed:
         run.results.add("Closed questions", closed_table(closed))
-    if right:
-        run.results.add("Yes or no", yes_no_table(right, given))
-    if opened:
-        rows = []
-        for kind in sorted({sample["type"] for sample in opened}):
-            of_type = [sample for sample in opened if sample["type"] == kind]
-            name = TYPES.get(kind, f"type {kind}")
-            rows += [{"type": name, **row} for row in average_rows(_open_scores(of_type, metrics))]
-        rows += [{"type": "all", **row} for row in average_rows(_open_scores(opened, metrics))]
+    if yes_no:
+        run.results.add("Yes or no", yes_no)
+    if wording is not None:
+        rows = average_rows_by_type(
+            _open_scores(opened, wording.names),
+            [sample["type"] for sample in opened],
+            groups=[sample["study"] for sample in opened],
+        )
         run.results.add("Open questions", rows)
 
 
@@ -245,68 +252,63 @@ def _open_scores(samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str,
     return {name: [s["scores"][f"open {name}"] for s in samples] for name in metrics}
 
 
-def vqa_scorer(answered: dict[str, list[Sample]], metrics: Sequence[str]) -> Scorer:
-    """The scores of some studies' questions, with one kind of volume."""
+def vqa_scorer(answered: dict[str, list[Sample]], wording: Wording | None = None) -> Scorer:
+    """The scores of some studies' questions, with one kind of volume.
+
+    Args:
+        wording: what scored the open answers; they are left out without.
+    """
 
     def scores(condition: str, chosen: Sequence[int]) -> list[Score]:
         wanted = set(chosen)
         samples = [s for s in answered[condition] if s["index"] in wanted]
         closed = [s for s in samples if s["kind"] == "closed"]
-        found = _from_table("closed", closed_table(closed_of(samples)), closed, "type")
+        found = _from_table("closed", closed_table(closed_of(samples)))
         written = [s for s in closed if "closed string rule" in s["scores"]]
         if written:
             chance = float(np.mean([1 / len(s["choices"]) for s in written]))
             values = [s["scores"]["closed string rule"] for s in written]
-            found.append(mean_score("closed, string rule", values, chance))
-        asked = [s for s in samples if s["kind"] == "yes_no"]
-        found += _from_table("yes or no", yes_no_table(*yes_no_of(samples)), asked, "right")
+            about = [s["study"] for s in written]
+            found.append(mean_score("closed, string rule", values, chance, groups=about))
+        found += _from_table("yes or no", yes_no_table(*yes_no_of(samples)))
         opened = [s for s in samples if s["kind"] == "open"]
-        if opened:
-            chance = _wording_by_chance(opened, metrics)
-            for name, values in _open_scores(opened, metrics).items():
-                found.append(mean_score(f"open, {name}", values, chance[name]))
+        if opened and wording is not None:
+            chance = wording_by_chance(opened, wording)
+            for name, values in _open_scores(opened, wording.names).items():
+                about = [s["study"] for s in opened]
+                found.append(mean_score(f"open, {name}", values, chance.get(name), groups=about))
         return found
 
     return scores
 
 
-def _from_table(
-    kind: str, rows: Sequence[Row], samples: Sequence[Sample], group: str
-) -> list[Score]:
-    """The accuracies of a table; a mean over groups gets the interval that the table lacks."""
-    found = []
-    for row in rows:
-        low, high = row["low"], row["high"]
-        if low is None:
-            names = [str(s[group]) for s in samples]
-            low, high = _interval_over_groups([s["given"] == s["right"] for s in samples], names)
-        name = f"{kind}, {next(iter(row.values()))}"
-        found.append(Score(name, row["accuracy"], low, high, row["chance"]))
-    return found
+def _from_table(kind: str, rows: Sequence[Row]) -> list[Score]:
+    return [
+        Score(
+            f"{kind}, {next(iter(row.values()))}",
+            *(row[c] for c in ("accuracy", "low", "high", "chance")),
+        )
+        for row in rows
+    ]
 
 
-def _interval_over_groups(correct: Sequence[bool], names: Sequence[str]) -> tuple[float, float]:
-    """95% bootstrap interval of the mean of the groups' means."""
-    right = np.asarray(correct, dtype=float)
-    _, codes = np.unique(names, return_inverse=True)
+def wording_by_chance(samples: Sequence[Sample], wording: Wording) -> dict[str, float]:
+    """What the right answer to a question of the same type about another study would score.
 
-    def mean(chosen: np.ndarray) -> float:
-        counts = np.bincount(codes[chosen])
-        hits = np.bincount(codes[chosen], right[chosen])
-        return float((hits[counts > 0] / counts[counts > 0]).mean())
-
-    low, high = interval_of(mean, len(right))
-    return float(low), float(high)
-
-
-def _wording_by_chance(samples: Sequence[Sample], metrics: Sequence[str]) -> dict[str, float]:
-    """What the right answer to the next question of the same type would score."""
+    Nothing where no two studies have a question of one type.
+    """
     references, others = [], []
     for kind in sorted({sample["type"] for sample in samples}):
-        answers = [sample["answer"] for sample in samples if sample["type"] == kind]
-        references += answers
-        others += answers[1:] + answers[:1]
-    scores = wording_scores(references, others, metrics)
+        alike = [sample for sample in samples if sample["type"] == kind]
+        for first, sample in enumerate(alike):
+            turned = (alike[(first + k) % len(alike)] for k in range(1, len(alike)))
+            other = next((s for s in turned if s["study"] != sample["study"]), None)
+            if other is not None:
+                references.append(sample["answer"])
+                others.append(other["answer"])
+    if not references:
+        return {}
+    scores = wording(references, others)
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
@@ -321,7 +323,7 @@ def _add_plots(run: Run) -> None:
         letters = sorted({letter for a in closed for letter in (a.right, a.given)})
         pairs = [(a.right, a.given) for a in closed]
         run.plots.append(("Closed questions: right and given letter", confusion(pairs, letters)))
-    right, given = yes_no_of(run.samples)
+    right, given, _ = yes_no_of(run.samples)
     if right:
         words = {True: "yes", False: "no"}
         pairs = [(words[r], words[g]) for r, g in zip(right, given, strict=True)]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
+from scipy.special import expit
 
 from med3dvlm.data.sources import Progress
 from med3dvlm.evaluate.calibration import Calibration, Platt, calibration_table
-from med3dvlm.evaluate.statistics import interval_of
+from med3dvlm.evaluate.tables import Row
 from med3dvlm.evaluate.tasks.cases import Cases
 from med3dvlm.evaluate.tasks.controls import SCAN, Score, Scorer, look
 from med3dvlm.evaluate.tasks.plots import bars
-from med3dvlm.evaluate.tasks.report import concept_probabilities
+from med3dvlm.evaluate.tasks.report import concept_logits
 from med3dvlm.evaluate.tasks.retrieval import embeddings, see_with
 from med3dvlm.evaluate.tasks.run import EXAMPLES, Example, Run, add_evidence, begin
-from med3dvlm.evaluate.zero_shot import auroc, classification_table
+from med3dvlm.evaluate.zero_shot import SCORES, classification_table
 from med3dvlm.models import VolumeTextDualEncoder
 from med3dvlm.notice import provenance
 
@@ -57,35 +58,43 @@ def evaluate_zero_shot(
     seen = look(see, cases, controls=controls, batch_size=batch_size, seed=seed, progress=progress)[
         "search"
     ]
-    given = {
-        condition: prompt_probabilities(dual, embeddings(dual, pooled), asked)
+    margins = {
+        condition: prompt_margins(dual, embeddings(dual, pooled), asked)
         for condition, pooled in seen.items()
     }
-    run = begin("zero-shot", dual, cases.facts)
-    table = classification_table(true, given[SCAN], names)
+    given = expit(margins[SCAN])
+    run = begin("zero-shot", dual, cases.facts, controls=controls, seed=seed)
+    table = classification_table(true, given, names, scores=margins[SCAN])
     run.results.add("Findings from prompts", table)
     if calibration is not None:
-        calibrated = calibration.apply(names, given[SCAN])
-        table_of_errors = calibration_table(true, given[SCAN], calibrated, names)
+        calibrated = calibration.apply(names, given)
+        table_of_errors = calibration_table(true, given, calibrated, names)
         run.results.add("Calibration of the probabilities from prompts", table_of_errors)
+    scorer = zero_shot_scorer(true, margins, names, _limits(table))
+    add_evidence(run, scorer, cases, controls=controls, by=by)
     if dual.concept_head is not None and set(names) <= set(dual.config.concepts):
-        head = concept_probabilities(dual, seen[SCAN], names)
-        run.results.add("Findings from the concept head", classification_table(true, head, names))
-    add_evidence(run, zero_shot_scorer(true, given, names), cases, controls=controls, by=by)
-    limits = np.array([row["threshold"] for row in table[:-1]], dtype=float)
-    said = given[SCAN] > limits
+        title = "Findings from the concept head"
+        heads = {c: concept_logits(dual, pooled, names) for c, pooled in seen.items()}
+        table_of_head = classification_table(true, expit(heads[SCAN]), names, scores=heads[SCAN])
+        run.results.add(title, table_of_head)
+        scorer = zero_shot_scorer(true, heads, names, _limits(table_of_head))
+        add_evidence(run, scorer, cases, controls=controls, by=by, title=title.lower())
+    said = given > _limits(table)
     run.samples = [
         {
             "study": name,
             "sample": name,
-            "probabilities": dict(zip(names, map(float, given[SCAN][i]), strict=True)),
+            "findings": names,
+            "true": true[i].tolist(),
+            "margins": margins[SCAN][i].tolist(),
+            "probabilities": given[i].tolist(),
             "scores": {"accuracy": float((said[i] == true[i]).mean())},
         }
         for i, name in enumerate(cases.ids)
     ]
     ends = [{**r, "low": r["AUROC low"], "high": r["AUROC high"], "chance": 0.5} for r in table]
     run.plots.append(("AUROC of findings from prompts", bars(ends, "finding", "AUROC", "chance")))
-    run.examples = _examples(cases, names, true, given[SCAN])
+    run.examples = _examples(cases, names, true, given)
     return run
 
 
@@ -156,33 +165,55 @@ def prompt_probabilities(
     dual: VolumeTextDualEncoder, images: np.ndarray, prompts: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
     """(n, names): the softmax over the two prompts, at the temperature that the model learned."""
+    return expit(prompt_margins(dual, images, prompts))
+
+
+def prompt_margins(
+    dual: VolumeTextDualEncoder, images: np.ndarray, prompts: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """(n, names) float64, the logits of :func:`prompt_probabilities`, which rank all studies."""
     loss = dual.loss
     learned = loss.t_prime if hasattr(loss, "t_prime") else loss.log_scale
-    margin = (images @ (prompts[0] - prompts[1]).T) * float(learned.detach().exp())
-    # equal volumes are equal: what a product of matrices leaves behind the sixth decimal is no rank
-    return torch.from_numpy(margin).sigmoid().numpy().round(6)
+    nearer = images.astype(np.float64) @ (prompts[0] - prompts[1]).astype(np.float64).T
+    # equal volumes are equal: what fp32 leaves behind the sixth decimal of a cosine is no rank
+    return nearer.round(6) * float(learned.detach().exp())
 
 
 def zero_shot_scorer(
-    true: np.ndarray, given: dict[str, np.ndarray], names: Sequence[str]
+    true: np.ndarray,
+    margins: dict[str, np.ndarray],
+    names: Sequence[str],
+    limits: np.ndarray,
 ) -> Scorer:
-    """The mean AUROC over findings of some studies, with one kind of volume."""
+    """The scores of some studies with one kind of volume: means over findings, and each AUROC.
+
+    Args:
+        margins: by condition, (studies, findings) logits.
+        limits: (findings,), the probability above which each is present, as with the scan.
+    """
 
     def scores(condition: str, chosen: Sequence[int]) -> list[Score]:
         wanted = np.asarray(list(chosen))
-        labels, values = true[wanted], given[condition][wanted]
-        found = _mean_auroc(labels, values)
-        if not np.isfinite(found):
-            return []
-        low, high = interval_of(lambda some: _mean_auroc(labels[some], values[some]), len(wanted))
-        return [Score("AUROC, mean of findings", found, float(low), float(high), 0.5)]
+        logits = margins[condition][wanted]
+        *rows, mean = classification_table(
+            true[wanted], expit(logits), names, scores=logits, thresholds=limits.tolist()
+        )
+        found = [_score(mean, key, f"{key}, mean of findings") for key in SCORES]
+        return found + [_score(row, "AUROC", f"AUROC, {row['finding']}") for row in rows]
 
-    return scores
+    def known(condition: str, chosen: Sequence[int]) -> list[Score]:
+        return [score for score in scores(condition, chosen) if score.value is not None]
+
+    return known
 
 
-def _mean_auroc(true: np.ndarray, given: np.ndarray) -> float:
-    each = auroc(true, given)
-    return float(np.nanmean(each)) if np.isfinite(each).any() else float("nan")
+def _score(row: Row, key: str, name: str) -> Score:
+    values: Any = (row[key], row[f"{key} low"], row[f"{key} high"])
+    return Score(name, *values, 0.5 if key == "AUROC" else None)
+
+
+def _limits(table: Sequence[Row]) -> np.ndarray:
+    return np.array([row["threshold"] for row in table[:-1]], dtype=float)
 
 
 def _examples(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from med3dvlm.evaluate.report import crg
 from med3dvlm.evaluate.statistics import interval_of
 from med3dvlm.evaluate.zero_shot import auroc
 
@@ -60,7 +61,7 @@ class Auroc:
 
     Attributes:
         names: of the findings.
-        truth, given, counted: (studies, findings): whether it is there, its probability, and
+        truth, given, counted: (studies, findings): whether it is there, its score, and
             whether the study counts for it.
     """
 
@@ -100,6 +101,27 @@ class Auroc:
         }
 
 
+@dataclass(frozen=True)
+class Crg:
+    """CRG of drafted reports.
+
+    Attributes:
+        truth, said: (studies, findings) bool.
+    """
+
+    truth: np.ndarray
+    said: np.ndarray
+
+    @property
+    def studies(self) -> int:
+        return len(self.truth)
+
+    def value(self, chosen: np.ndarray | None = None) -> float:
+        """NaN where no finding is there, or every one."""
+        chosen = np.arange(self.studies) if chosen is None else chosen
+        return crg(self.truth[chosen], self.said[chosen])
+
+
 Score = Ratio | Auroc
 
 
@@ -111,7 +133,11 @@ def from_dict(saved: dict[str, Any]) -> Score:
 
 
 def difference(
-    first: Sequence[Score], second: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0
+    first: Sequence[Score | Crg],
+    second: Sequence[Score | Crg],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """`second` less `first`, (mean over the seeds, low, high).
 
