@@ -36,6 +36,9 @@ demo-model: $(STAMP)
 	$(BIN)/med3dvlm train contrastive recipes/demo/search.yaml
 	$(BIN)/med3dvlm train alignment recipes/demo/alignment.yaml
 	$(BIN)/med3dvlm train instruction recipes/demo/instruction.yaml
+	$(BIN)/med3dvlm train instruction recipes/demo/letters.yaml
+	$(BIN)/med3dvlm train instruction recipes/demo/letters.yaml start=runs/demo/letters \
+		output=runs/demo/letters-longer training.max_minutes=12 training.seed=2
 	$(BIN)/python recipes/demo/bundle.py
 	$(BIN)/med3dvlm evaluate calibration --model demo --save
 

@@ -16,7 +16,16 @@ from med3dvlm.hub import load
 
 RUNS = Path("runs/demo")
 TARGET = Path("src/med3dvlm/assets/demo")
-PARTS = {"language_model": "instruction", "dual_encoder": "search"}
+PARTS = {"language_model": "letters-longer", "dual_encoder": "search"}
+STAGES = (
+    "contrastive",
+    "longer",
+    "search",
+    "alignment",
+    "instruction",
+    "letters",
+    "letters-longer",
+)
 LIMIT_MB = 16
 
 
@@ -45,7 +54,7 @@ def main() -> None:
 
 def _training() -> str:
     rows = ["| stage | minutes | samples seen | last loss |", "| --- | --- | --- | --- |"]
-    for stage in ("contrastive", "longer", "search", "alignment", "instruction"):
+    for stage in STAGES:
         summary = json.loads((RUNS / stage / "training.json").read_text())
         history = json.loads((RUNS / stage / "history.json").read_text())
         steps = max(entry.get("step", 0) for entry in history)
