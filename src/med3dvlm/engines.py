@@ -58,7 +58,7 @@ def reader_of(model: Med3DVLM) -> Med3DVLM:
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = []
     text.tie_word_embeddings = config.tie_word_embeddings = True  # saves the last layer, unused
-    reader = Med3DVLM(config).to(model.dtype).eval()
+    reader = Med3DVLM(config).to(model.language_model.dtype).eval()
     reader.vision_encoder, reader.projector = model.vision_encoder, model.projector
     reader.set_input_embeddings(model.get_input_embeddings())
     reader.tie_weights()

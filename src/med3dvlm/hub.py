@@ -208,6 +208,7 @@ def _place(model: Any, device: str | torch.device) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
-    if model.device.type == "cpu" and model.dtype == torch.float16:
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    if model.device.type == "cpu" and half:
         model.float()  # half precision saves space on disk; a CPU computes it slowly
     return model.eval()

@@ -17,10 +17,12 @@ from med3dvlm.models.projector import make_projector
 from med3dvlm.models.published import (
     CheckpointError,
     encoder_to_published,
+    fill_model,
     load_projector_weights,
     read_weights,
     save_published,
 )
+from tests.models import tiny
 from tests.models.parity_fill import rng, volume
 from tests.models.published_folders import (
     clip_folder,
@@ -179,6 +181,36 @@ def test_bfloat16_weights_keep_their_bits(tmp_path):
     save_published(hub.load_exact(folder), tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(back[name], half[name]) for name in half)
+
+
+def test_each_weight_keeps_the_precision_of_its_file(tmp_path):
+    """A language model in bf16 between parts in fp32, whose updates bf16 could not hold."""
+    model = tiny.vlm()
+    model.language_model.bfloat16()
+    with torch.no_grad():
+        model.vision_encoder.stem.layers[0].norm_depth.weight += 1e-4
+    model.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    loaded = hub.load_exact(tmp_path)
+    kept = model.state_dict()
+    assert {t.dtype for t in kept.values()} == {torch.float32, torch.bfloat16, torch.int64}
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == kept[name].dtype and torch.equal(tensor, kept[name]), name
+    assert loaded.fingerprint() == model.fingerprint()
+    scan = tiny.scan()
+    assert loaded.report(scan, max_new_tokens=4) == model.report(scan, max_new_tokens=4)
+    assert loaded.ask(scan, "Which side?", ["left", "right"]).choices
+    loaded.vision_encoder.bfloat16()
+    loaded.report(scan, max_new_tokens=4)
+
+
+def test_weights_of_one_precision_are_not_copied():
+    model = tiny.vlm().bfloat16()
+    weights = {n: t for n, t in model.state_dict().items() if n not in model.all_tied_weights_keys}
+    loaded = fill_model(Med3DVLM, model.config, weights, [])
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.data_ptr() == weights[name].data_ptr(), name
 
 
 def test_sharded_weights_and_pickles_load_alike(tmp_path, clip):

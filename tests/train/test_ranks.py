@@ -12,15 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 from med3dvlm.train import load_recipe, train
-from tests.train.test_train import recipe, store  # noqa: F401
+from tests.train.test_train import language_recipe, recipe, store  # noqa: F401
 
 TRAINING = {"epochs": 2, "loggers": [], "save_steps": 1, "log_steps": 1, "learning_rate": 1e-3}
 LEARNING = ["text_encoder", "text_projection", "vision_projection", "loss"]
 
 
-def by_torchrun(path: Path, *settings: str, ranks: int) -> subprocess.CompletedProcess:
+def by_torchrun(
+    path: Path, *settings: str, ranks: int, stage: str = "contrastive"
+) -> subprocess.CompletedProcess:
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = ["-m", "med3dvlm.cli", "train", "contrastive", str(path), *settings]
+    command = ["-m", "med3dvlm.cli", "train", stage, str(path), *settings]
     return subprocess.run(
         [*program, f"--nproc-per-node={ranks}", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -59,4 +61,33 @@ def test_two_ranks_train_what_one_process_trains(tmp_path, store):  # noqa: F811
     history = json.loads((output / "history.json").read_text())
     steps = [entry["step"] for entry in history if "loss" in entry]
     assert steps == [1, 2, 3, 4]
-    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["checkpoint-4"]
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == [
+        "checkpoint-4",
+        "run.json",
+    ]
+    many = by_torchrun(path, f"output={tmp_path / 'many'}", "training.batch_size=8", ranks=2)
+    assert many.returncode and "16 studies a step, but there are only 8" in many.stderr
+
+
+def test_two_ranks_weigh_answers_as_one_process_does(tmp_path, store):  # noqa: F811
+    train(load_recipe(recipe(tmp_path, store), ["training.max_steps=1"]))
+    data = {"store": str(store), "phantoms": 8, "workers": 1, "turns": 3}
+    path = language_recipe(
+        tmp_path,
+        store,
+        "alignment",
+        "contrastive",
+        train=["language_model"],
+        data={**data, "tasks": {"report": 1.0, "yes_no": 1.0, "closed": 1.0}},
+        training={**TRAINING, "batch_size": 4, "loss_average": "answer", "save_steps": 9},
+    )
+    train(load_recipe(path, [f"output={tmp_path / 'alone'}"]))
+    settings = (f"output={tmp_path / 'ranks'}", "training.batch_size=2")
+    run = by_torchrun(path, *settings, ranks=2, stage="alignment")
+    assert run.returncode == 0, run.stderr[-3000:]
+    alone, together = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("alone", "ranks")
+    )
+    for name, tensor in alone.items():
+        if not name.endswith("k_proj.bias"):  # has no gradient but noise, which AdamW scales up
+            torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=2e-5)

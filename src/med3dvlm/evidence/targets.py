@@ -73,7 +73,7 @@ def text_target(
         return log_probs[:, counted].sum(1)
 
     def target(streams: list[Tensor]) -> Tensor:
-        visual = model.projector(*model.vision_encoder.streams(streams))
+        visual = model.project(*model.vision_encoder.streams(streams))
         value = likelihood(visual, text, low, high)
         if others:
             rest = [likelihood(visual, other, 0, len(other)) for other in others]

@@ -155,8 +155,9 @@ def as_mask(model: Med3DVLM, allowed: Tensor) -> Tensor:
     """(rows, queries, columns) bool to the form that the attention takes."""
     if model.language_model.config._attn_implementation == "sdpa":
         return allowed.unsqueeze(1)
-    lowest = torch.finfo(model.dtype).min
-    return torch.zeros_like(allowed, dtype=model.dtype).masked_fill(~allowed, lowest).unsqueeze(1)
+    dtype = model.language_model.dtype  # the encoder may have another
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, lowest).unsqueeze(1)
 
 
 def left_padded(rows: Sequence[Sequence[int]], value: int, device: Any) -> Tensor:

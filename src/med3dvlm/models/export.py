@@ -100,7 +100,7 @@ class _Streams(nn.Module):
 
     def forward(self, volumes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, high = self.model.encode(volumes)
-        return low, high, self.model.projector(low, high)
+        return low, high, self.model.project(low, high)
 
 
 def _tokens(model: VolumeTextDualEncoder, count: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -120,7 +121,7 @@ def cache_argument(language_model: type[nn.Module]) -> str:
 
 
 def weighted_loss(
-    logits: Tensor, labels: Tensor, weights: Tensor, *, count: Tensor | int | None = None
+    logits: Tensor, labels: Tensor, weights: Tensor, *, total: Tensor | float | None = None
 ) -> Tensor:
     """The weighted mean cross-entropy of the next tokens.
 
@@ -128,12 +129,12 @@ def weighted_loss(
         logits: (B, N, vocabulary).
         labels: (B, N), -100 where none counts.
         weights: (B, N), 0 where none counts.
-        count: labels in all the parts of an accumulated batch, whose losses are then summed.
+        total: the sum of the weights, the first column apart, in all the parts of an accumulated
+            batch, whose losses are then summed.
     """
     labels, weights = labels[:, 1:], weights[:, 1:]
     each = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, reduction="none")
-    here = (labels >= 0).sum()
-    return (each * weights).sum() / weights.sum() * here / (here if count is None else count)
+    return (each * weights).sum() / (weights.sum() if total is None else total)
 
 
 class Answer(str):
@@ -183,7 +184,11 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
     _supports_flash_attn = True
     _supports_cache_class = True
 
-    def __init__(self, config: Med3DVLMConfig):
+    def __init__(self, config: Med3DVLMConfig, *, without_language_model: bool = False):
+        """
+        Args:
+            without_language_model: leaves it on the meta device, for one that is put in its place.
+        """
         super().__init__(config)
         vision = config.vision_config
         self.vision_encoder = AutoModel.from_config(vision)
@@ -196,7 +201,8 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
             high_tokens=config.high_tokens,
             residual=config.projector_residual,
         )
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        with torch.device("meta") if without_language_model else nullcontext():
+            self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.language_bits is not None:
             quantize_linear_layers(self.language_model, empty=True)
         self.seen: Recent[Tensor] = Recent(SCANS_KEPT)
@@ -250,7 +256,12 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
 
     def get_visual_tokens(self, volumes: Tensor) -> Tensor:
         """(B, 1, D, H, W) prepared volumes -> (B, N, width of the language model)."""
-        return self.projector(*self.encode(volumes))
+        return self.project(*self.encode(volumes))
+
+    def project(self, low: Tensor, high: Tensor) -> Tensor:
+        """The encoder's streams, of whatever precision, -> (B, N, width)."""
+        dtype = next(self.projector.parameters()).dtype
+        return self.projector(low.to(dtype), high.to(dtype))
 
     def quantize(self) -> None:
         """Hold the linear layers of the language model's blocks in 8 bits from now on.
@@ -297,9 +308,11 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         Give one of: `volumes`; `low` and `high`, the encoder's streams where they were computed
         before; `visual_tokens`, the projector's output; or none, for text alone. `loss_weights`
         (B, N) say what each label counts in the loss, a weighted mean; without, they count alike.
+        `num_items_in_batch` is what the Trainer divides the loss of an accumulated batch by: the
+        sum of its weights, or, without those, its number of labels.
         """
         if visual_tokens is None and low is not None and high is not None:
-            visual_tokens = self.projector(low, high)
+            visual_tokens = self.project(low, high)
         if visual_tokens is None and volumes is not None:
             visual_tokens = self.get_visual_tokens(volumes)
         if inputs_embeds is None:
@@ -321,7 +334,7 @@ class Med3DVLM(PreTrainedModel, GenerationMixin, HasProcessor):
         )
         if weighted:
             out["loss"] = weighted_loss(
-                out.logits, labels, loss_weights, count=kwargs.get("num_items_in_batch")
+                out.logits, labels, loss_weights, total=kwargs.get("num_items_in_batch")
             )
         return out
 

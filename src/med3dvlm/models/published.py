@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,17 +307,33 @@ def fill_model(
     weights: dict[str, Tensor],
     rules: list[Rule],
 ) -> Any:
-    """A model of `config` that holds exactly `weights`, in their own precision."""
+    """A model of `config` that holds exactly `weights`, each in its own precision.
+
+    Raises:
+        CheckpointError: naming the first missing, unexpected or misshapen key.
+    """
     with torch.device("meta"):
         check_weights(weights, cls(config), rules=rules)
     disable_progress_bar()  # the weights are in memory already; callers show their own
-    floating = next((t.dtype for t in weights.values() if t.is_floating_point()), torch.float32)
-    model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=floating)
-    for tensor in (*model.parameters(), *model.buffers()):
+    most = _commonest_dtype(weights)
+    model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=most)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        own = weights.get(name, tensor)  # one that is not in the file is no part of a checkpoint
+        if own.dtype != tensor.dtype:
+            tensor.data = own
         # in a file they lie anywhere; a CPU's products round by where their factors start
         if tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
     return model.eval()
+
+
+def _commonest_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """The floating dtype of most weights: only the others exist twice while they are placed."""
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in weights.values():
+        if tensor.is_floating_point():
+            counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 # --- encoder and projector alone --------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from med3dvlm.data.sources import Progress
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 # Transformers imports it where it is installed. It then seeks a faster kernel on a hub, and warns
 # that there is none: 4 bits do without.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# PEFT asks a model by the older of two names whether it is checkpointed.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:
@@ -27,8 +30,15 @@ def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:
 
 
 def begin(recipe: Recipe, *, progress: Progress | None = None) -> Job:
-    """The model and the studies of a recipe, ready to train."""
+    """The model and the studies of a recipe, ready to train.
+
+    Raises:
+        RecipeError: for a recipe that cannot be followed, or other than its run was begun with.
+    """
+    from med3dvlm.train.record import check_unchanged
+
     check_needs(recipe)
+    check_unchanged(recipe)
     if recipe.stage == "contrastive":
         from med3dvlm.train.contrastive import contrastive_job
 

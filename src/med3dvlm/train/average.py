@@ -69,7 +69,8 @@ class WeightAverage:
         """
         path = folder / FILE
         saved = load_file(path) if path.is_file() else {}
-        if saved.keys() != self.live.keys():
+        shapes = {name: tensor.shape for name, tensor in self.live.items()}
+        if {name: tensor.shape for name, tensor in saved.items()} != shapes:
             raise TrainingError(
                 f"{path} does not hold the mean of this run's weights: leave training.ema as it "
                 "was when the run began, or choose another output."

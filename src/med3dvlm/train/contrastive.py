@@ -31,7 +31,15 @@ from med3dvlm.models import (
 )
 from med3dvlm.models.checkpoint import as_config
 from med3dvlm.scan import Preparation
-from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.engine import (
+    Job,
+    Validation,
+    fit,
+    freeze_all_but,
+    learn_in_fp32,
+    save_result,
+)
+from med3dvlm.train.ranks import encoder_at_work
 from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError, check_keys
 from med3dvlm.train.studies import AnyStore, all_texts, open_studies
 from med3dvlm.train.tokenizer import train_tokenizer
@@ -56,6 +64,7 @@ def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     else:
         model = _from_checkpoint(recipe)
         studies = open_studies(recipe, model.preparation, progress=progress)
+    learn_in_fp32(model)
     frozen = bool(recipe.train) and "vision_encoder" not in recipe.train
     if frozen and recipe.data.flips != "off":
         raise RecipeError("data.flips needs a vision_encoder that learns: it sees no volumes else.")
@@ -126,7 +135,7 @@ def _load_text_encoder(name: str) -> tuple[Any, Any]:
 
 def _from_checkpoint(recipe: Recipe) -> VolumeTextDualEncoder:
     """The checkpoint with its frozen parts, and anew those that the recipe wants anew."""
-    model = load(recipe.start, part="search")
+    model = load(recipe.start, part="search", device="cpu")
     if not isinstance(model, VolumeTextDualEncoder):
         raise RecipeError(f"start: {recipe.start} is no dual encoder; name one.")
     if not recipe.train:
@@ -149,10 +158,11 @@ def pool_store(
     progress: Progress | None = None,
 ) -> np.ndarray:
     """The encoder's pooled states of every study: (n, C) float32."""
-    model.eval()
     parts = []
-    for volumes in store.batches(batch_size, progress=progress):
-        parts.append(model.pool_volumes(model._to_device(volumes)).cpu().numpy())
+    with encoder_at_work(model):
+        for volumes in store.batches(batch_size, progress=progress):
+            pooled = model.pool_volumes(model._to_device(volumes))
+            parts.append(pooled.float().cpu().numpy())
     return np.concatenate(parts)
 
 

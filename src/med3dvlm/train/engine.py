@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import time
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 from med3dvlm.files import atomic_file, write_json
@@ -23,17 +23,21 @@ from med3dvlm.train.average import WeightAverage
 from med3dvlm.train.checkpoints import (
     UNFINISHED,
     TrainingError,
+    decayed_in,
     guarded,
     keep_only,
     last_checkpoint,
     publish,
+    readable,
     result_folder,
 )
+from med3dvlm.train.clock import TimeLimit
 from med3dvlm.train.memory import freed_memory_kept
-from med3dvlm.train.ranks import as_on_main, is_main, main_first
+from med3dvlm.train.ranks import is_main, main_first
 from med3dvlm.train.recipe import Recipe, RecipeError
+from med3dvlm.train.record import checkpoints_of, differences, has_record, write_record
 
-SAMPLES = "samples.jsonl"
+SAMPLES, HISTORY, SUMMARY = "samples.jsonl", "history.json", "training.json"
 
 
 @dataclass(frozen=True)
@@ -71,45 +75,93 @@ class Job:
     encoding_s: float = 0.0
 
 
-def fit(job: Job, recipe: Recipe) -> dict[str, float]:
+def fit(job: Job, recipe: Recipe) -> dict[str, float] | None:
     """Train in place; goes on from the last checkpoint in the output folder, if any.
+
+    The model then has the weights that `training.result` names.
 
     What a run that was killed goes on with (weights, optimizer, schedule, order of the studies,
     random numbers, the mean of the weights) is what it had, so on one machine it ends in the same
     weights, bit for bit. Only `max_minutes` is not repeatable: it cuts by the clock.
 
     Returns:
-        What the Trainer measured: loss, seconds, samples per second.
+        What the Trainer measured since this start (loss, seconds, samples per second), the last
+        step, and the one whose weights the model has. None where the run was at its end when it
+        was started again, and its result is written.
 
     Raises:
-        TrainingError: where the loss is no number any more, or a checkpoint cannot be saved.
+        TrainingError: where the loss is no number any more, or a checkpoint cannot be saved or
+            read.
     """
-    output = Path(recipe.output)
-    checkpoints = output / "checkpoints"
     with main_first():
-        last = last_checkpoint(checkpoints)
+        last = last_checkpoint(checkpoints_of(recipe))
+        if last is None and is_main():
+            write_record(recipe)
+    trainer = _trainer(job, recipe, last)
+    disable_progress_bar()  # of writing the files of a model, in the midst of the Trainer's own
+    with freed_memory_kept(), redirect_stdout(sys.stderr):  # where the Trainer prints its log
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    step = trainer.state.global_step
+    chosen = trainer.load_best() if recipe.training.result == "best" else step
+    if trainer.average is not None:
+        trainer.average.copy_to_model()
+    if not trainer.went_on and _is_written(recipe, chosen, step):
+        return None
+    return {**_close(trainer, Path(recipe.output)), "step": step, "result_step": chosen}
+
+
+def _trainer(job: Job, recipe: Recipe, last: Path | None) -> _Trainer:
+    """Ready to go on from the checkpoint `last`, or to begin."""
     trainer = _Trainer(
         job.learner,
         training_arguments(recipe),
         train_dataset=job.dataset,
         eval_dataset=job.validation.dataset if job.validation else None,
         data_collator=_WithIds(job.collate),
-        callbacks=[_TimeLimit(recipe.training.max_minutes)],
+        callbacks=[clock := TimeLimit(recipe.training.max_minutes)],
     )
-    trainer.validation, trainer.decode = job.validation, job.decode
+    trainer.validation, trainer.decode, trainer.clock = job.validation, job.decode, clock
     if recipe.training.ema is not None:
         trainer.average = WeightAverage(job.learner, recipe.training.ema)
         trainer.add_callback(_Averaging(trainer.average))
-        if last is not None:
-            trainer.average.load(last)
-    disable_progress_bar()  # of writing the files of a model, in the midst of the Trainer's own
-    with freed_memory_kept():
-        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.average is not None:
-        trainer.average.copy_to_model()
+    if last is not None:
+        with readable(last):
+            TrainerState.load_from_json(str(last / "trainer_state.json"))
+            trainer.decayed_before = decayed_in(last)
+            if trainer.average is not None:
+                trainer.average.load(last)
+    return trainer
+
+
+def _is_written(recipe: Recipe, chosen: int, last: int) -> bool:
+    """Whether the model in the output folder is this run's, with the weights of step `chosen`.
+
+    Args:
+        last: the step of the run's last checkpoint, whose weights were the result before there
+            was a choice.
+    """
+    summary = Path(recipe.output, SUMMARY)
+    if not (summary.is_file() and Path(recipe.output, "config.json").is_file()):
+        return False
+    written = json.loads(summary.read_text("utf-8"))
+    if has_record(recipe) and differences(written["recipe"], recipe):
+        return False  # of an earlier run with this output
+    return written["metrics"].get("result_step", last) == chosen
+
+
+def _close(trainer: _Trainer, output: Path) -> dict[str, float]:
+    """Write what a run logged to history.json; returns the totals at its end.
+
+    One that was at its end already has the totals of before, or, where a crash came between, none.
+    """
+    path, log = output / HISTORY, trainer.state.log_history
+    if not trainer.went_on and path.is_file():
+        known = json.loads(path.read_text("utf-8"))
+        if known and known[:-1] == log:
+            return known[-1]
     if is_main():
-        write_json(output / "history.json", trainer.state.log_history)
-    return result.metrics
+        write_json(path, log)
+    return log[-1] if trainer.went_on else {}
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -181,17 +233,72 @@ class _Trainer(Trainer):
     validation: Validation | None = None
     average: WeightAverage | None = None
     decode: Callable[[dict[str, Any]], dict[str, Any]]
+    clock: TimeLimit
+    decayed_before: int | None = None  # tensors, in the checkpoint that the run goes on from
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.studies: list[str] = []  # of the step that is being computed
         self.staging = False
 
+    @property
+    def went_on(self) -> bool:
+        """Whether a step was taken since this start."""
+        return self.state.global_step > self._initial_global_step
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochSampler(len(train_dataset or self.train_dataset), seed=self.args.seed)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """What the loss of an accumulated batch is divided by, on all ranks together.
+
+        With weighted labels, the sum of their weights and not their number: else it would matter
+        how a batch is cut into parts.
+        """
+        if not batch_samples or "loss_weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        sums = [batch["loss_weights"][:, 1:].sum() for batch in batch_samples]
+        return self.accelerator.gather(torch.stack(sums).sum().to(device)).sum()
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.decode(super()._prepare_inputs(inputs))
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """The checkpoint's, but saving, measuring and logging as often as the recipe says now."""
+        place = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return place
+
+    def _run_epoch(self, **epoch: Any) -> None:
+        """Nothing, where the run was at its end when it was started again.
+
+        The Trainer's own would take a step before it looks: the end can lie within an epoch.
+        """
+        if self.state.global_step >= self.state.max_steps or self.clock.was_up:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**epoch)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """A start that found nothing to do logs nothing, or its zeros would be taken for totals."""
+        if self.went_on:
+            super().log(logs, *args)
+
+    def _get_learning_rate(self) -> float:
+        """The rate that the step was taken with: the time limit lowers the schedule's."""
+        assert self.optimizer is not None
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices and kernels: scales and shifts, whatever their names, are not to shrink.
+
+        A run that decayed them goes on so, for its optimizer is grouped by it.
+        """
+        names = super().get_decay_parameter_names(model)
+        learning = {name: p.ndim for name, p in model.named_parameters() if p.requires_grad}
+        if sum(name in learning for name in names) == self.decayed_before:
+            return names
+        return [name for name in names if learning.get(name, 0) >= 2]
 
     # --- a loss that is no number -------------------------------------------------------------
 
@@ -255,6 +362,50 @@ class _Trainer(Trainer):
         self.control.should_save |= best
         return best
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with readable(Path(checkpoint)):
+            if not self.is_deepspeed_enabled:
+                self._check_files(Path(checkpoint))
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _check_files(self, checkpoint: Path) -> None:
+        """Refuse what the Trainer would go on without, to other weights."""
+        for pattern in ("optimizer*", "scheduler.pt", "rng_state*.pth"):
+            if not any(checkpoint.glob(pattern)):
+                raise FileNotFoundError(f"it has no {pattern}")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with readable(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
+
+    def load_best(self) -> int:
+        """Put the weights of the best checkpoint in the place of the last; returns its step.
+
+        Raises:
+            TrainingError: if there is none, or it cannot be read.
+        """
+        best, last = self.state.best_global_step, self.state.global_step
+        remedy = "start the run again with training.result=last"
+        if not best:
+            raise TrainingError(
+                f"training.result is best, but none of the {last} steps of the run was measured: "
+                f"{remedy}."
+            )
+        if best != last:
+            folder = Path(self.args.output_dir, f"checkpoint-{best}")
+            with readable(folder, remedy):
+                super()._load_from_checkpoint(str(folder))
+                if self.average is not None:
+                    self.average.load(folder)
+        return best
+
     # --- validation ---------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -301,36 +452,6 @@ class _Averaging(TrainerCallback):
         self.average.update()
 
 
-class _TimeLimit(TrainerCallback):
-    """Stops after a number of minutes, and lowers the rate so that it ends low by then.
-
-    The cosine schedule counts steps; a run cut short by the clock would end at a high rate. So
-    the last fifth of the time scales the rate down to zero in a straight line. All ranks go by
-    the main process's clock, or their weights would part.
-    """
-
-    def __init__(self, minutes: float | None):
-        self.seconds = None if minutes is None else 60 * minutes
-        self.start = time.monotonic()
-        self.passed = 0.0  # share of the time
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = time.monotonic()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.seconds is None:
-            return
-        self.passed = as_on_main((time.monotonic() - self.start) / self.seconds)
-        scheduler, optimizer = kwargs["lr_scheduler"], kwargs["optimizer"]
-        factor = min(1.0, max(0.0, 5 * (1 - self.passed)))
-        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate * factor
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.seconds is not None and self.passed > 1:
-            control.should_training_stop = True
-
-
 def freeze_all_but(model: nn.Module, parts: list[str]) -> None:
     """Let only the named parts learn.
 
@@ -345,6 +466,16 @@ def freeze_all_but(model: nn.Module, parts: list[str]) -> None:
         child.requires_grad_(name in parts)
 
 
+def learn_in_fp32(model: nn.Module) -> None:
+    """Hold the parts that learn in fp32: most steps of AdamW are less than bf16 can tell.
+
+    The others keep their precision.
+    """
+    for child in model.children():
+        if any(parameter.requires_grad for parameter in child.parameters()):
+            child.float()
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """For each part of the model (parameters that learn, parameters in all)."""
     return {
@@ -356,15 +487,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def save_result(model: Any, recipe: Recipe, metrics: dict[str, float], **facts: Any) -> None:
-    """Write the trained model and training.json: the recipe, what was measured, the facts."""
+def save_result(model: Any, recipe: Recipe, metrics: dict[str, float] | None, **facts: Any) -> None:
+    """Write the trained model and training.json: the recipe, what was measured, the facts.
+
+    Args:
+        metrics: what `fit` returned; None where all of it is written.
+    """
     from omegaconf import OmegaConf
 
-    if not is_main():
+    if metrics is None or not is_main():
         return
     settings = OmegaConf.to_container(OmegaConf.structured(recipe))
     with result_folder(Path(recipe.output)) as folder:
         model.save_pretrained(folder)
         model.processor.save_pretrained(folder)
         summary = {"recipe": settings, "metrics": metrics, **facts}
-        write_json(folder / "training.json", json.loads(json.dumps(summary)))
+        write_json(folder / SUMMARY, json.loads(json.dumps(summary)))

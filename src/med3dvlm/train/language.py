@@ -8,6 +8,7 @@ streams are computed once per study and kept in memory, which makes these stages
 from __future__ import annotations
 
 import time
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,16 @@ from med3dvlm.models import (
 )
 from med3dvlm.models.processor import IGNORED, IMAGE_TOKEN
 from med3dvlm.train.contrastive import batches, part_settings
-from med3dvlm.train.engine import Job, Validation, fit, freeze_all_but, save_result
+from med3dvlm.train.engine import (
+    Job,
+    Validation,
+    fit,
+    freeze_all_but,
+    learn_in_fp32,
+    save_result,
+)
 from med3dvlm.train.lora import merged, quantize, save_adapter, with_adapters
+from med3dvlm.train.ranks import encoder_at_work
 from med3dvlm.train.recipe import (
     LOSS_AVERAGES,
     Recipe,
@@ -46,7 +55,7 @@ def train_language(job: Job, recipe: Recipe) -> Med3DVLM:
     if recipe.keep_adapter:
         save_adapter(job.learner, recipe)
     model = job.model
-    if recipe.lora:
+    if recipe.lora is not None:
         model = merged(job.learner, recipe, lambda: start_model(recipe))
     save_result(model, recipe, metrics, studies=len(job.dataset))
     return model.eval()
@@ -57,7 +66,6 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
     if not recipe.train:
         raise RecipeError("train is empty: name the parts that learn, for example projector.")
     model = start_model(recipe)
-    freeze_all_but(model, recipe.train)
     if recipe.quantize:
         quantize(model)
     if recipe.data.turns > 1 and model.config.prompt_layout == "published":
@@ -65,7 +73,7 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
             "data.turns: the prompt layout of published checkpoints takes the first token of one "
             "question, so there can be no second; leave it at 1."
         )
-    learner = with_adapters(model, recipe) if recipe.lora else model
+    learner = model if recipe.lora is None else with_adapters(model, recipe)
     studies = open_studies(recipe, model.preparation, progress=progress)
     frozen = "vision_encoder" not in recipe.train
 
@@ -77,6 +85,7 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
             model.config.report_prompt,
             features,
             vary_prompts=recipe.data.vary_prompts,
+            shuffle_choices=recipe.data.shuffle_choices,
             turns=turns,
             seed=recipe.training.seed,
         )
@@ -96,12 +105,27 @@ def language_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:
 
 
 def start_model(recipe: Recipe) -> Med3DVLM:
-    """What the run begins with: the same each time, for what is new is drawn from the seed."""
+    """What the run begins with: the same each time, for what is new is drawn from the seed.
+
+    Raises:
+        RecipeError: for a part to train that it does not have, and settings that it does not read.
+    """
     if recipe.start is None:
         raise RecipeError("start is missing: name the checkpoint to start from.")
     torch.manual_seed(recipe.training.seed)
-    start = load(recipe.start)
-    return start if isinstance(start, Med3DVLM) else _from_dual_encoder(start, recipe)
+    start = load(recipe.start, device="cpu")
+    if not isinstance(start, Med3DVLM):
+        model = _from_dual_encoder(start, recipe)
+    elif recipe.model:
+        raise RecipeError(
+            f"model: {recipe.start} is a language model with settings of its own: leave it out, or "
+            "start from a dual encoder."
+        )
+    else:
+        model = start
+    freeze_all_but(model, recipe.train)
+    learn_in_fp32(model)
+    return model
 
 
 def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
@@ -127,6 +151,10 @@ def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
+    if pretrained and "text_config" in settings:
+        raise RecipeError("model.text_config: model.language_model has one already; drop one.")
+    if "vision_config" in settings:
+        raise RecipeError("model.vision_config: start has its own: leave it out.")
     check_keys(settings, Med3DVLMConfig().to_dict(), section="model")
     config = Med3DVLMConfig(
         vision_config=dual.config.vision_config,
@@ -134,7 +162,7 @@ def _from_dual_encoder(dual: VolumeTextDualEncoder, recipe: Recipe) -> Med3DVLM:
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         **settings,
     )
-    model = Med3DVLM(config)
+    model = Med3DVLM(config, without_language_model=bool(pretrained))
     model.vision_encoder.load_state_dict(dual.vision_encoder.state_dict())
     if pretrained:
         _load_language_model(model, pretrained, len(tokenizer))
@@ -162,23 +190,28 @@ def encode_store(
     model: Med3DVLM, store: AnyStore, *, batch_size: int = 32, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The encoder's (low, high) streams of every study, float16: (n, N, C) each."""
-    model.eval()
     low_parts, high_parts = [], []
-    for volumes in store.batches(batch_size, progress=progress):
-        low, high = model.encode(model._to_device(volumes))
-        low_parts.append(low.half().cpu().numpy())
-        high_parts.append(high.half().cpu().numpy())
+    with encoder_at_work(model):
+        for volumes in store.batches(batch_size, progress=progress):
+            low, high = model.encode(model._to_device(volumes))
+            low_parts.append(low.half().cpu().numpy())
+            high_parts.append(high.half().cpu().numpy())
     return np.concatenate(low_parts), np.concatenate(high_parts)
 
 
 def task_examples(
-    study: dict[str, Any], report_prompt: str, *, vary: bool = False
+    study: dict[str, Any],
+    report_prompt: str,
+    *,
+    vary: bool = False,
+    shuffle: np.random.Generator | None = None,
 ) -> dict[str, list[tuple[str, str]]]:
     """(instruction, answer) pairs of one study by task.
 
     Args:
         report_prompt: the one that the model will be asked with.
         vary: other wordings of it and of the captions' prompt too.
+        shuffle: puts the choices of closed questions in an order of its own; as stored without.
     """
     reports = dict.fromkeys((report_prompt, *REPORT_PROMPTS)) if vary else (report_prompt,)
     captions = CAPTION_PROMPTS if vary else CAPTION_PROMPTS[:1]
@@ -190,8 +223,12 @@ def task_examples(
     for question in study["questions"]:
         text, answer = question["text"], question["answer"]
         if question["choices"]:
-            text = Med3DVLMProcessor.closed_question(text, question["choices"])
-            answer = f"{question['answer_choice']}. {answer}"
+            choices, right = question["choices"], ascii_uppercase.index(question["answer_choice"])
+            if shuffle is not None:
+                order = shuffle.permutation(len(choices))
+                choices, right = [choices[k] for k in order], list(order).index(right)
+            text = Med3DVLMProcessor.closed_question(text, choices)
+            answer = f"{ascii_uppercase[right]}. {answer}"
         pairs.setdefault(question["kind"], []).append((text, answer))
     return pairs
 
@@ -202,6 +239,7 @@ class TaskDataset(Dataset):
     The tasks are drawn by the given weights; as for `PairDataset`, by the item's number alone.
 
     Args:
+        shuffle_choices: of closed questions, anew each time that one is asked.
         turns: how many are drawn; none twice, so a study with few of them gives fewer.
     """
 
@@ -213,10 +251,12 @@ class TaskDataset(Dataset):
         features: tuple[np.ndarray, np.ndarray] | None,
         *,
         vary_prompts: bool = False,
+        shuffle_choices: bool = False,
         turns: int = 1,
         seed: int = 0,
     ):
         self.vary_prompts = vary_prompts
+        self.shuffle_choices = shuffle_choices
         self.turns = turns
         self.store = store
         self.tasks = tasks
@@ -231,7 +271,10 @@ class TaskDataset(Dataset):
         index = self.store.drawn(number)
         random = np.random.default_rng((self.seed, number))
         examples = task_examples(
-            self.store.study(index), self.report_prompt, vary=self.vary_prompts
+            self.store.study(index),
+            self.report_prompt,
+            vary=self.vary_prompts,
+            shuffle=random if self.shuffle_choices else None,
         )
         names = [name for name, weight in self.tasks.items() if weight and name in examples]
         if not names:
@@ -315,7 +358,7 @@ class TaskMeasure:
         if "volumes" in batch:
             visual = self.model.get_visual_tokens(batch["volumes"])
         else:
-            visual = self.model.projector(batch["low"], batch["high"])
+            visual = self.model.project(batch["low"], batch["high"])
         asked = [item["turns"][0] for item in items]
         written = self.model.ask(visual, [instruction for instruction, _ in asked])
         return [

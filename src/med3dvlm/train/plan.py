@@ -7,6 +7,7 @@ run there stops the plan. What is generated for it lies in a temporary folder th
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import tempfile
 import time
@@ -24,8 +25,9 @@ from med3dvlm.data.store import STORE, Store
 from med3dvlm.train import begin
 from med3dvlm.train.engine import Job, trainable_parameters
 from med3dvlm.train.memory import freed_memory_kept
-from med3dvlm.train.recipe import Recipe, RecipeError, check_needs
-from med3dvlm.train.studies import held_out_ids, ids, weights
+from med3dvlm.train.ranks import processes
+from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_needs
+from med3dvlm.train.studies import check_enough, held_out_ids, ids, weights
 
 STUDIES = 32  # that are looked at
 TIMED_STEPS = 3
@@ -88,19 +90,18 @@ def plan(recipe: Recipe, *, progress: Progress | None = None) -> Plan:
     check_needs(recipe)
     with tempfile.TemporaryDirectory() as scratch:
         count, probe = _probe(recipe, Path(scratch))
-        batch = recipe.training.batch_size
-        if count < batch:
-            raise RecipeError(
-                f"training.batch_size is {batch}, but there are only {count} studies to train on: "
-                "lower it."
-            )
+        check_enough(count, recipe)
         job = begin(probe, progress=progress)
         return _measure(recipe, job, count)
 
 
 def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
-    """How many studies the run would train on, and the same recipe for a few of them."""
+    """How many studies the run would train on, and the same recipe for a few of them.
+
+    Its output is another, for what lies in the recipe's is not gone on with.
+    """
     data = recipe.data
+    looked_at = max(STUDIES, processes())  # begin refuses fewer than one a process
     training = replace(recipe.training, batch_size=1, evaluate_steps=None)
     validation = replace(data.validation, studies=0)
     there = all("://" in location or Path(location, STORE).is_file() for location in weights(data))
@@ -111,12 +112,12 @@ def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
             chosen = [name for name in ids(Store(location), data.split) if name not in out]
             chosen = [name for name in chosen if name not in data.skip]
             count += len(chosen)
-            skip += chosen[STUDIES:]
+            skip += chosen[looked_at:]
         few = replace(data, phantoms=0, skip=[*data.skip, *skip], validation=validation)
     else:
         count, folder = data.phantoms, str(scratch / "phantoms")
-        few = replace(data, store=folder, phantoms=min(STUDIES, count), validation=validation)
-    return count, replace(recipe, data=few, training=training)
+        few = replace(data, store=folder, phantoms=min(looked_at, count), validation=validation)
+    return count, replace(recipe, data=few, training=training, output=str(scratch / "run"))
 
 
 def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
@@ -149,7 +150,7 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     if settings.max_minutes is not None and seconds > 60 * settings.max_minutes:
         steps = max(1, int((60 * settings.max_minutes) / step))
         seconds = 60 * settings.max_minutes + encoding
-        notes.append(f"training.max_minutes ends the run after {settings.max_minutes:g} minutes.")
+        notes.append(_cut_short(settings, steps, settings.steps(count)))
     return Plan(
         stage=recipe.stage,
         device=str(device),
@@ -163,6 +164,22 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
         seconds_per_step=step,
         seconds=seconds,
         notes=notes,
+    )
+
+
+def _cut_short(settings: TrainingRecipe, steps: int, laid_out: int) -> str:
+    """What it means for the rate that the clock ends a run after so many steps of its schedule."""
+    note = (
+        f"training.max_minutes ends the run after {settings.max_minutes:g} minutes, about step "
+        f"{steps:,} of the {laid_out:,} that the schedule is laid out for"
+    )
+    share = 0 if settings.schedule == "constant" else settings.warmup_share
+    warm_up = math.ceil(share * laid_out)
+    if steps > warm_up:
+        return f"{note}."
+    return (
+        f"{note}, in a warm-up of {warm_up:,}: the rate never comes to training.learning_rate; "
+        "lower training.warmup_share, or lay out fewer steps (training.epochs, training.max_steps)."
     )
 
 

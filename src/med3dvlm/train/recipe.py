@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,39 @@ LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 TASKS = ("report", "caption", "closed", "open", "yes_no")
 # by which power of its length an answer's tokens count less
 LOSS_AVERAGES = {"token": 0.0, "root": 0.5, "answer": 1.0}
+RESULTS = ("last", "best")
 METRICS = {"contrastive": ("loss", "r_at_1"), "alignment": ("loss",), "instruction": ("loss",)}
 # How scans are flipped in training (see med3dvlm.data.augment).
 FLIPS = ("off", "swap", "published")
+
+# Settings that one stage reads and the others do not.
+LANGUAGE_ONLY = (
+    "data.tasks",
+    "data.turns",
+    "data.vary_prompts",
+    "data.shuffle_choices",
+    "training.loss_average",
+    "training.samples",
+)
+CONTRASTIVE_ONLY = (
+    "anew",
+    "data.caption_share",
+    "data.intensity",
+    "data.shift_voxels",
+    "data.flips",
+)
+# Of PEFT's LoraConfig, what a run sets or has no use for.
+SET_BY_RUNS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -71,6 +102,8 @@ class DataRecipe:
     turns: int = 1
     # Language stages: whether reports and captions are asked for in several wordings.
     vary_prompts: bool = False
+    # Language stages: whether the choices of closed questions come in another order each time.
+    shuffle_choices: bool = False
     # Contrastive stage: how often the short caption stands in for the report.
     caption_share: float = 0.0
     # Augmentation, contrastive stage: intensity scale and shift as shares of the range, and
@@ -86,7 +119,9 @@ class DataRecipe:
 class TrainingRecipe:
     epochs: float = 1.0
     max_steps: int = -1
-    max_minutes: float | None = None  # ends early, with the schedule fitted to the time
+    # Ends early, all starts of the run counted. Warm-up and decay stay those of epochs or
+    # max_steps; the last fifth of the time scales the rate down to zero on top of them.
+    max_minutes: float | None = None
     batch_size: int = 16
     accumulation: int = 1
     learning_rate: float = 1e-4
@@ -103,6 +138,7 @@ class TrainingRecipe:
     save_steps: int = 500
     evaluate_steps: int | None = None  # how often data.validation is looked at
     best_metric: str = "loss"  # or r_at_1, contrastive: whose best checkpoint is kept
+    result: str = "last"  # or best: whose weights (with ema, their mean) become the model
     samples: int = 4  # language stages: validation studies that are written about each time
     log_steps: int = 20
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -124,7 +160,9 @@ class Recipe:
     volume encoder alignment takes, or the aligned model that instruction tuning goes on with.
     `train` names the parts that learn: vision_encoder, projector, language_model; of a dual
     encoder vision_encoder, vision_projection, text_encoder, text_projection, loss. `anew` names
-    those of them that forget what they had learned (contrastive stage).
+    those of them that forget what they had learned (contrastive stage). `lora` are settings of
+    PEFT's LoraConfig; its target_modules are layers of the language model, by the ends of their
+    names or by a pattern of the whole: all linear ones but the last where it names none.
     """
 
     stage: str = MISSING
@@ -215,6 +253,7 @@ def check_settings(recipe: Recipe) -> None:
         *(("training.loggers", name, LOGGERS) for name in training.loggers),
         *(("data.tasks", name, TASKS) for name in data.tasks),
         ("training.best_metric", training.best_metric, METRICS.get(recipe.stage, ())),
+        ("training.result", training.result, RESULTS),
     ]
     for key, value, known in one_of:
         if value not in known:
@@ -226,8 +265,8 @@ def check_settings(recipe: Recipe) -> None:
     for name, weight in data.mixture.items():
         if not 0 < weight < math.inf:
             raise RecipeError(f"data.mixture: the weight of {name} is {weight}: it must be over 0.")
-    if data.flips != "off" and recipe.stage != "contrastive":
-        raise RecipeError("data.flips is for the contrastive stage: leave it out.")
+    _check_stage(recipe)
+    _check_start(recipe)
     least = [
         ("training.batch_size", training.batch_size, 1),
         ("training.accumulation", training.accumulation, 1),
@@ -260,17 +299,68 @@ def check_settings(recipe: Recipe) -> None:
             "training.evaluate_steps and data.validation.studies belong together: give both, or "
             "neither."
         )
-    if recipe.keep_adapter and not recipe.lora:
-        raise RecipeError("keep_adapter needs lora: there is no adapter to keep without.")
+    if training.result == "best" and not training.evaluate_steps:
+        raise RecipeError(
+            "training.result is best, but nothing is measured: give training.evaluate_steps and "
+            "data.validation.studies, or leave it at last."
+        )
+    _check_lora(recipe)
+
+
+def _check_stage(recipe: Recipe) -> None:
+    """Refuse settings that only another stage reads."""
+    if recipe.stage == "contrastive":
+        unread, readers = LANGUAGE_ONLY, "language stages"
+    else:
+        unread, readers = CONTRASTIVE_ONLY, "contrastive stage"
+    for key in unread:
+        if _is_set(recipe, key):
+            raise RecipeError(f"{key} is for the {readers}: leave it out.")
+
+
+def _check_start(recipe: Recipe) -> None:
+    """Refuse settings of what the checkpoint to start from has already.
+
+    Whether a language stage reads `model` is known when its start is: it does with a dual encoder.
+    """
+    if recipe.stage == "contrastive" and recipe.start is None:
+        if recipe.anew:
+            raise RecipeError("anew needs a start: without, nothing was learned before.")
+        return
+    for key in ("preparation", "tokenizer_size", "model"):
+        if _is_set(recipe, key) and (key != "model" or recipe.stage == "contrastive"):
+            raise RecipeError(f"{key}: the checkpoint to start from has its own: leave it out.")
+
+
+def _is_set(recipe: Recipe, key: str) -> bool:
+    """Whether a dotted key is other than it would be without."""
+    return attrgetter(key)(recipe) != attrgetter(key)(Recipe())
+
+
+def _check_lora(recipe: Recipe) -> None:
+    """Refuse adapters where there can be none, and settings that they do not have."""
     if recipe.quantize not in (None, "nf4"):
         raise RecipeError(f"quantize {recipe.quantize!r} is unknown: use nf4, or leave it out.")
-    if recipe.quantize and (not recipe.lora or "language_model" in recipe.train):
-        raise RecipeError(
-            "quantize needs lora, and a language model that is not in train: weights in 4 bits "
-            "cannot learn."
-        )
-    if recipe.lora is not None and recipe.stage == "contrastive":
+    if recipe.lora is None:
+        if recipe.keep_adapter:
+            raise RecipeError("keep_adapter needs lora: there is no adapter to keep without.")
+        if recipe.quantize:
+            raise RecipeError("quantize needs lora: weights in 4 bits cannot learn.")
+        return
+    if recipe.stage == "contrastive":
         raise RecipeError("lora needs a language model, which a contrastive recipe does not train.")
+    if "language_model" in recipe.train:
+        raise RecipeError(
+            "train: with lora the language model learns through adapters alone: take "
+            "language_model out of train, or leave lora out."
+        )
+    if "modules_to_save" in recipe.lora:
+        raise RecipeError("lora.modules_to_save: name the parts that learn in full in train.")
+    if recipe.lora:
+        from peft import LoraConfig  # takes seconds
+
+        known = {f.name for f in fields(LoraConfig)} - SET_BY_RUNS
+        check_keys(recipe.lora, known, section="lora")
 
 
 def check_needs(recipe: Recipe) -> None:

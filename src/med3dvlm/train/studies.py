@@ -10,7 +10,7 @@ from med3dvlm.data.prepare import prepare_phantoms
 from med3dvlm.data.sources import Progress
 from med3dvlm.data.store import Store
 from med3dvlm.scan import Preparation
-from med3dvlm.train.ranks import main_first
+from med3dvlm.train.ranks import main_first, processes
 from med3dvlm.train.recipe import DataRecipe, Recipe, RecipeError
 
 AnyStore = Store | Mixture
@@ -40,15 +40,31 @@ def open_studies(
         studies = _phantoms(data, preparation, progress)
     else:
         studies = _from_stores(data, preparation, recipe.training.seed)
-    if len(studies.train) < recipe.training.batch_size:
-        raise RecipeError(
-            f"training.batch_size is {recipe.training.batch_size}, but there are only "
-            f"{len(studies.train)} studies of split {data.split!r} to train on: lower it, or "
-            "choose another data.split."
-        )
+    check_enough(len(studies.train), recipe)
     if data.in_memory:
         studies.train.keep_in_memory()
     return studies
+
+
+def check_enough(count: int, recipe: Recipe) -> None:
+    """Refuse a run whose studies are too few for one batch on each of its processes.
+
+    Raises:
+        RecipeError: saying how many there are, and how many it takes.
+    """
+    batch, ranks, split = recipe.training.batch_size, processes(), recipe.data.split
+    if count >= batch * ranks:
+        return
+    if ranks > 1:
+        raise RecipeError(
+            f"training.batch_size is {batch} on each of {ranks} processes, which takes "
+            f"{batch * ranks} studies a step, but there are only {count} studies of split "
+            f"{split!r} to train on: start fewer processes, lower it, or choose another data.split."
+        )
+    raise RecipeError(
+        f"training.batch_size is {batch}, but there are only {count} studies of split {split!r} to "
+        "train on: lower it, or choose another data.split."
+    )
 
 
 def _phantoms(data: DataRecipe, preparation: Preparation, progress: Progress | None) -> Studies:
