@@ -9,7 +9,7 @@ import pytest
 
 from med3dvlm import hub
 from med3dvlm.scan import PRESETS, Preparation
-from med3dvlm.train import RecipeError, load_recipe, train
+from med3dvlm.train import Recipe, RecipeError, check_needs, load_recipe, train
 from tests.train.test_train import language_recipe, recipe, store  # noqa: F401
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -154,3 +154,10 @@ def test_published_recipes_lack_only_weights_and_stores(tmp_path, monkeypatch, s
         assert Preparation.from_dict(followed.preparation) == PRESETS["m3d"]
     with pytest.raises(RecipeError, match=missing):
         train(followed)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_launch_that_would_spread_the_model_is_refused(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(RecipeError, match=f"{name}, which is not supported: start with torchrun"):
+        check_needs(Recipe())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -367,8 +368,15 @@ def check_needs(recipe: Recipe) -> None:
     """Refuse a recipe that asks for what is not there, before anything is loaded.
 
     Raises:
-        RecipeError: naming the key and the file, folder or package that is missing.
+        RecipeError: naming the key and the file, folder or package that is missing; for a launcher
+            that would spread a model over devices, which checkpoints and results cannot do yet.
     """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise RecipeError(
+                f"the launcher asks for {name}, which is not supported: start with torchrun, and "
+                "for a model too large for one device set lora, or quantize: nf4."
+            )
     for name in recipe.training.loggers:
         if find_spec(name) is None:
             raise RecipeError(
