@@ -228,8 +228,8 @@ prepare_sources(
 """
 
 
-@pytest.mark.parametrize(("workers", "most"), [(1, 8), (2, 12)])
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, workers, most):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, workers):
     """Each run is killed a moment after it has done a few more of the 24 units."""
     sources = phantom_sources(48, split="train", seed=0)
     SMALL.save(tmp_path / "small.json")
@@ -240,7 +240,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path, workers, m
         arguments = (str(folder), str(tmp_path / "small.json"), str(workers))
         run = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments])
         rows = folder / "work" / "rows"
-        enough = len(list(rows.glob("*.jsonl"))) + moments.randint(1, most)
+        enough = len(list(rows.glob("*.jsonl"))) + moments.randint(6, 12)
         while run.poll() is None and len(list(rows.glob("*.jsonl"))) < enough:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.15))

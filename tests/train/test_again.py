@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from med3dvlm import hub
 from med3dvlm.cli import app
 from med3dvlm.models import VolumeTextDualEncoder
-from med3dvlm.train import RecipeError, checkpoints, load_recipe, train
+from med3dvlm.train import RecipeError, checkpoints, load_recipe, studies, train
 from med3dvlm.train.checkpoints import TrainingError, last_checkpoint, publish
 from med3dvlm.train.contrastive import PairMeasure, contrastive_job
 from med3dvlm.train.engine import _Trainer, _trainer
@@ -24,6 +24,7 @@ from med3dvlm.train.language import TaskMeasure
 from med3dvlm.train.plan import plan
 from med3dvlm.train.recipe import Recipe
 from med3dvlm.train.record import differences
+from med3dvlm.train.studies import check_enough
 from tests.train.test_train import (
     Interrupted,
     language_recipe,
@@ -416,3 +417,13 @@ def test_results_alone_go_to_standard_output(again):
     assert ran.exit_code == 0, ran.output
     assert ran.stdout == f"{output_of(output)}: trained\n"
     assert "'loss'" in ran.stderr
+
+
+def test_more_processes_than_there_are_batches_are_refused(monkeypatch):
+    of_four = Recipe()
+    of_four.training.batch_size = 4
+    check_enough(4, of_four)
+    monkeypatch.setattr(studies, "processes", lambda: 2)
+    check_enough(8, of_four)
+    with pytest.raises(RecipeError, match="8 studies a step, but there are only 7"):
+        check_enough(7, of_four)
