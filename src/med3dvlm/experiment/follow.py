@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +48,10 @@ def follow(
     for number, (seed, name, measure) in enumerate(tasks):
         recipe = planned.recipes[seed, name]
         began = time.monotonic()
-        with redirect_stdout(sys.stderr):  # the Trainer prints its log
-            if measure is None:
-                new = _train(recipe, progress)
-            else:
-                new = _measure(Path(recipe.output), measure, store, planned)
+        if measure is None:
+            new = _train(recipe, progress)
+        else:
+            new = _measure(Path(recipe.output), measure, store, planned)
         if new:
             minutes = (time.monotonic() - began) / 60
             what = "trained" if measure is None else f"measured ({measure})"
