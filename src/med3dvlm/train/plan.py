@@ -25,8 +25,9 @@ from med3dvlm.data.store import STORE, Store
 from med3dvlm.train import begin
 from med3dvlm.train.engine import Job, trainable_parameters
 from med3dvlm.train.memory import freed_memory_kept
-from med3dvlm.train.ranks import processes
+from med3dvlm.train.ranks import own_device, processes
 from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_needs
+from med3dvlm.train.sharding import Shards, own
 from med3dvlm.train.studies import check_enough, held_out_ids, ids, weights
 
 STUDIES = 32  # that are looked at
@@ -123,13 +124,15 @@ def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
 def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     settings = recipe.training
     model, learner = job.model, job.learner
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learner.to(device)
+    if settings.shard:
+        Shards(learner)
+    else:
+        learner.to(own_device())
+    device = own_device().type
     if settings.gradient_checkpointing:
         learner.activation_checkpointing_enable({"use_reentrant": False})
-    lengths = _text_lengths(job)
-    visual = getattr(model, "num_visual_tokens", 0)
-    _check_length(model, visual + max(lengths))
+    lengths, positions = _text_lengths(job)
+    _check_length(model, positions)
     learner.train()
     activations = _activations(learner, _batch(job, 2), settings.precision) / 2
     fitting = max(1, min(settings.batch_size, int(TIMED_BYTES / max(activations, 1))))
@@ -153,10 +156,10 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
         notes.append(_cut_short(settings, steps, settings.steps(count)))
     return Plan(
         stage=recipe.stage,
-        device=str(device),
+        device=device,
         studies=count,
         parts=trainable_parameters(model),
-        visual_tokens=visual,
+        visual_tokens=getattr(model, "num_visual_tokens", 0),
         text_tokens={"mean": statistics.fmean(lengths), "most": max(lengths)},
         steps=steps,
         samples=steps * settings.batch_size * settings.accumulation,
@@ -224,11 +227,19 @@ def _to_device(job: Job, items: list[Any], device: torch.device) -> dict[str, Te
     return job.decode({name: tensor.to(device) for name, tensor in job.collate(items).items()})
 
 
-def _text_lengths(job: Job) -> list[int]:
-    """Tokens of each study's text, or of each question or instruction with its answer."""
+def _text_lengths(job: Job) -> tuple[list[int], int]:
+    """Tokens of each sample's text, and how many positions the longest needs with visual tokens.
+
+    The turns of a sample have the same positions.
+    """
     visual = getattr(job.model, "num_visual_tokens", 0)
-    items = [job.dataset[i] for i in range(4 * len(job.dataset))]
-    return [int(job.collate([item])["attention_mask"].sum()) - visual for item in items]
+    batches = [job.collate([job.dataset[i]]) for i in range(4 * len(job.dataset))]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    positions = [
+        int(batch["position_ids"].max()) + 1 if "position_ids" in batch else length
+        for batch, length in zip(batches, lengths, strict=True)
+    ]
+    return [length - visual for length in lengths], max(positions)
 
 
 def _check_length(model: Any, most: int) -> None:
@@ -249,19 +260,33 @@ def _forward(learner: nn.Module, batch: dict[str, Tensor], precision: str) -> Te
 
 def _activations(learner: nn.Module, batch: dict[str, Tensor], precision: str) -> int:
     """Bytes of what the forward keeps for the backward, weights apart."""
-    weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}
     kept: dict[int, int] = {}
+    at_work: list[set[int]] = []  # of the modules that compute, one within the other: the weights
+
+    def place(tensor: Tensor) -> int:
+        return own(tensor.detach()).untyped_storage().data_ptr()
+
+    def begins(module: nn.Module, *_: Any) -> None:
+        """Of a spread model, weights are where they are only while their layer computes."""
+        at_work.append({place(p) for p in module.parameters()})
+
+    def ends(*_: Any) -> None:
+        at_work.pop()
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if not any(place(tensor) in weights for weights in at_work):
+            kept[place(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
+    hooks = [module.register_forward_pre_hook(begins) for module in learner.modules()]
+    hooks += [module.register_forward_hook(ends, prepend=True) for module in learner.modules()]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = _forward(learner, batch, precision)
+    for hook in hooks:
+        hook.remove()
     total = sum(kept.values())  # all are alive as long as the loss is
-    del loss
+    loss.backward()  # a spread model puts its layers away by it
+    learner.zero_grad()
     return total
 
 
@@ -285,11 +310,9 @@ def _step_seconds(job: Job, size: int, precision: str) -> float:
 
 
 def _memory(learner: nn.Module, ema: float | None, activations: int) -> dict[str, int]:
-    learning = [p for p in learner.parameters() if p.requires_grad]
-    trained = sum(p.numel() * p.element_size() for p in learning)
-    tensors = [*learner.parameters(), *learner.buffers()]
+    trained = sum(own(p).nbytes for p in learner.parameters() if p.requires_grad)
     return {
-        "weights": sum(t.numel() * t.element_size() for t in tensors),
+        "weights": sum(own(t).nbytes for t in [*learner.parameters(), *learner.buffers()]),
         "gradients": trained,
         "optimizer": 2 * trained,
         **({"average": trained} if ema is not None else {}),

@@ -1,0 +1,61 @@
+"""Runs whose processes share one model among them (FSDP2), over gloo."""
+
+from __future__ import annotations
+
+import pytest
+
+from med3dvlm.hub import load
+from med3dvlm.train import RecipeError, load_recipe, train
+from med3dvlm.train.recipe import check_needs
+from tests.train.test_ranks import TRAINING, by_torchrun
+from tests.train.test_train import language_recipe, recipe, store  # noqa: F401
+
+
+def test_runs_that_share_one_model(tmp_path, store):  # noqa: F811
+    """Stopped and gone on with, validated, with adapters over bf16: see `sharded_runs`."""
+    train(load_recipe(recipe(tmp_path, store), ["training.max_steps=1"]))
+    start = language_recipe(tmp_path, store, "alignment", "contrastive", train=["projector"])
+    aligned = train(load_recipe(start, ["training.max_steps=1"]))
+    aligned.language_model.bfloat16()
+    aligned.save_pretrained(tmp_path / "aligned")
+    aligned.processor.save_pretrained(tmp_path / "aligned")
+    del aligned
+    assert load(tmp_path / "aligned").language_model.dtype.itemsize == 2
+    watched = {
+        **TRAINING,
+        "shard": True,
+        "batch_size": 2,
+        "ema": 0.5,
+        "evaluate_steps": 1,
+        "gradient_checkpointing": True,
+    }
+    data = {"store": str(store), "phantoms": 8, "workers": 1, "validation": {"studies": 3}}
+    recipe(
+        tmp_path,
+        store,
+        data=data,
+        training={**watched, "max_steps": 4, "accumulation": 2, "best_metric": "r_at_1"},
+    ).rename(tmp_path / "contrastive.yaml")
+    language_recipe(
+        tmp_path,
+        store,
+        "instruction",
+        "aligned",
+        train=["projector"],
+        lora={"r": 4},
+        keep_adapter=True,
+        data={**data, "turns": 2, "tasks": {"report": 1.0, "yes_no": 1.0}},
+        training={**watched, "max_steps": 2, "precision": "bf16", "samples": 1},
+    ).rename(tmp_path / "lora.yaml")
+    run = by_torchrun("tests.train.sharded_runs", str(tmp_path), ranks=2)
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert run.stdout.count("done") == 2
+
+
+def test_one_process_has_nobody_to_share_with(tmp_path, store):  # noqa: F811
+    path = recipe(tmp_path, store)
+    with pytest.raises(RecipeError, match="this is one: start with torchrun"):
+        check_needs(load_recipe(path, ["training.shard=true"]))
+    lora = ["stage=instruction", "lora={r: 4}", "quantize=nf4"]
+    with pytest.raises(RecipeError, match="training.shard cuts whole weights"):
+        load_recipe(path, ["training.shard=true", *lora])
