@@ -42,7 +42,7 @@ def killed_after(step: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> 
         train(recipe)
 
 
-def halves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def cut_learners(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """For each learner that is cut from now on: (elements in this process's pieces, in all)."""
     seen = []
     begin = Shards.__init__
@@ -60,7 +60,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def all_learns_and_a_killed_run_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch norm, running mean, accumulation, checkpointing, validation, the best checkpoint."""
-    pieces = halves(monkeypatch)
+    pieces = cut_learners(monkeypatch)
     path = folder / "contrastive.yaml"
     whole = train(load_recipe(path, [f"output={folder / 'whole'}"]))
     assert (whole is not None) == is_main()
@@ -126,5 +126,7 @@ if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patching:
         all_learns_and_a_killed_run_goes_on(place, patching)
     adapters(place)
+    halves_of = ["training.shard=true", "training.batch_size=2", f"output={place / 'halves'}"]
+    train(load_recipe(place / "alone.yaml", halves_of))
     half_the_memory_is_planned(place)
     print("done")

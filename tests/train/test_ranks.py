@@ -18,28 +18,21 @@ TRAINING = {"epochs": 2, "loggers": [], "save_steps": 1, "log_steps": 1, "learni
 LEARNING = ["text_encoder", "text_projection", "vision_projection", "loss"]
 
 
-def by_torchrun(*command: str, ranks: int) -> subprocess.CompletedProcess:
+def by_torchrun(*command: str) -> subprocess.CompletedProcess:
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*program, f"--nproc-per-node={ranks}", "-m", *command],
+    run = subprocess.run(
+        [*program, "--nproc-per-node=2", "-m", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
-
-
-def trained_by_torchrun(stage: str, path: Path, *settings: str) -> subprocess.CompletedProcess:
-    run = by_torchrun("med3dvlm.cli", "train", stage, str(path), *settings, ranks=2)
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.returncode == 0, run.stderr[-5000:]
     return run
 
 
 def test_two_ranks_train_what_one_process_trains(tmp_path, store):  # noqa: F811
-    """Each with the model, and with half of it: the same four pairs a step.
-
-    No batch norm learns, for its statistics are each rank's own.
-    """
+    """The same four pairs a step; no batch norm learns, for its statistics are each rank's own."""
     still = ["model.text_config.dropout=0", "model.text_config.attention_dropout=0"]
     train(load_recipe(recipe(tmp_path, store), still))
     path = recipe(
@@ -52,21 +45,17 @@ def test_two_ranks_train_what_one_process_trains(tmp_path, store):  # noqa: F811
     )
     train(load_recipe(path))
     output = tmp_path / "ranks"
-    for settings in (
-        (f"output={output}",),
-        (f"output={tmp_path / 'halves'}", "training.shard=true"),
-    ):
-        run = trained_by_torchrun("contrastive", path, "training.batch_size=2", *settings)
-        assert run.stdout.count("trained") == 1
-    alone, before, together, shared = (
-        load_file(tmp_path / name / "model.safetensors")
-        for name in ("alone", "contrastive", "ranks", "halves")
+    settings = (f"output={output}", "training.batch_size=2")
+    run = by_torchrun("med3dvlm.cli", "train", "contrastive", str(path), *settings)
+    assert run.stdout.count("trained") == 1
+    alone, together = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("alone", "ranks")
     )
-    moved = {name for name in alone if not torch.equal(alone[name], before[name])}
-    assert len(moved) > 10 and {"loss.t_prime", "loss.bias"} < moved
+    before = load_file(tmp_path / "contrastive" / "model.safetensors")
+    moved = [name for name in alone if not torch.equal(alone[name], before[name])]
+    assert len(moved) > 10
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(shared[name], tensor, rtol=1e-4, atol=1e-5)
     history = json.loads((output / "history.json").read_text())
     steps = [entry["step"] for entry in history if "loss" in entry]
     assert steps == [1, 2, 3, 4]
@@ -90,7 +79,7 @@ def test_two_ranks_weigh_answers_as_one_process_does(tmp_path, store):  # noqa: 
     )
     train(load_recipe(path, [f"output={tmp_path / 'alone'}"]))
     settings = (f"output={tmp_path / 'ranks'}", "training.batch_size=2")
-    trained_by_torchrun("alignment", path, *settings)
+    by_torchrun("med3dvlm.cli", "train", "alignment", str(path), *settings)
     alone, together = (
         load_file(tmp_path / name / "model.safetensors") for name in ("alone", "ranks")
     )
