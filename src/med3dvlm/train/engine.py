@@ -386,12 +386,14 @@ class _Trainer(Trainer):
             return
         mean = {} if self.average is None else self.average.mean
         self.shards.save(Path(output_dir), self._own_optimizer(), mean)
+        assert self.lr_scheduler is not None
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _own_optimizer(self) -> torch.optim.Optimizer:
         """The one inside of Accelerate's."""
-        return self.optimizer.optimizer
+        prepared: Any = self.optimizer
+        return prepared.optimizer
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = super()._determine_best_metric(metrics, trial)
@@ -426,9 +428,9 @@ class _Trainer(Trainer):
             if self.shards is None:
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
+            assert self.lr_scheduler is not None
             self.shards.load_optimizer(Path(checkpoint), self._own_optimizer())
-            schedule = torch.load(Path(checkpoint, SCHEDULER), weights_only=True)
-            self.lr_scheduler.load_state_dict(schedule)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER)))
 
     def _check_files(self, checkpoint: Path) -> None:
         """Refuse what the Trainer would go on without, to other weights."""
