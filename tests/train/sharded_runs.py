@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from med3dvlm.hub import load
 from med3dvlm.models import Med3DVLM
-from med3dvlm.train import Recipe, engine, load_recipe, train
+from med3dvlm.train import Recipe, begin, engine, load_recipe, train
 from med3dvlm.train.checkpoints import TrainingError
 from med3dvlm.train.lora import merge_adapter
 from med3dvlm.train.plan import plan
@@ -112,6 +112,37 @@ def adapters(folder: Path) -> None:
     assert changed == {"projector", "language_model"}
 
 
+def some_parts_learn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As test_sharding has them learn in one process; this run is killed on its way."""
+    changes = ["training.shard=true", "training.batch_size=2", f"output={folder / 'halves'}"]
+    recipe = load_recipe(folder / "alone.yaml", changes)
+    killed_after(2, recipe, monkeypatch)
+    train(recipe)
+
+
+def tied_embeddings_learn(folder: Path) -> None:
+    output = folder / "tied"
+    recipe = load_recipe(folder / "tied.yaml", [f"output={output}", "training.shard=true"])
+    model = train(recipe)
+    again = train(recipe)  # at its end already
+    if is_main():
+        saved = load(output, device="cpu")
+        first, last = saved.get_input_embeddings().weight, saved.get_output_embeddings().weight
+        assert first is last
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+            assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def other_weights_are_refused(folder: Path) -> None:
+    changes = ["training.shard=true", f"output={folder / 'refused'}"]
+    job = begin(load_recipe(folder / "tied.yaml", changes))
+    if not is_main():
+        next(job.model.projector.parameters()).data += 1e-3
+    with pytest.raises(TrainingError, match="the processes did not load the same weights"):
+        Shards(job.model)
+
+
 def half_the_memory_is_planned(folder: Path) -> None:
     path = folder / "contrastive.yaml"
     shared = plan(load_recipe(path)).memory
@@ -126,7 +157,9 @@ if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patching:
         all_learns_and_a_killed_run_goes_on(place, patching)
     adapters(place)
-    halves_of = ["training.shard=true", "training.batch_size=2", f"output={place / 'halves'}"]
-    train(load_recipe(place / "alone.yaml", halves_of))
+    with pytest.MonkeyPatch.context() as patching:
+        some_parts_learn(place, patching)
+    tied_embeddings_learn(place)
+    other_weights_are_refused(place)
     half_the_memory_is_planned(place)
     print("done")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -245,6 +246,8 @@ class _Trainer(Trainer):
         super().__init__(*args, **kwargs)
         # the pieces of a spread model take the mean of their gradients themselves
         self.is_distributed_loading_by_transformers = shards is not None
+        if shards is not None:  # or the layers' weights in bf16 would be kept until the last one
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.studies: list[str] = []  # of the step that is being computed
         self.staging = False
 
@@ -321,7 +324,7 @@ class _Trainer(Trainer):
         self.studies += inputs.pop("ids")
         loss = super().training_step(model, inputs, *args)
         if self.shards is not None:
-            self.shards.share_buffers()
+            self.shards.share_statistics()
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -417,7 +420,8 @@ class _Trainer(Trainer):
         if self.shards is None:
             self.average.load(checkpoint)
         else:
-            self.average.update()  # tensors of the right kind, to be filled
+            if not self.average.mean:
+                self.average.update()  # tensors of the right kind, to be filled
             self.shards.load_mean(checkpoint, self.average.mean)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Plan:
     visual_tokens: in front of each prompt; 0 for a dual encoder.
     text_tokens: mean and largest number of tokens of a text, as the model reads it.
     steps, samples: optimizer steps and studies seen, of one process.
-    memory: bytes of weights, gradients, optimizer, average, activations.
+    memory: bytes of weights, gradients, optimizer, average, activations, of one process; of a
+        model that several share, its pieces, and what is gathered for a time.
     seconds_per_step, seconds: of the steps, and of the whole run.
     notes: how the figures were found.
     """
@@ -124,9 +126,8 @@ def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
 def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     settings = recipe.training
     model, learner = job.model, job.learner
-    if settings.shard:
-        Shards(learner)
-    else:
+    shards = Shards(learner) if settings.shard else None
+    if shards is None:
         learner.to(own_device())
     device = own_device().type
     if settings.gradient_checkpointing:
@@ -134,8 +135,13 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     lengths, positions = _text_lengths(job)
     _check_length(model, positions)
     learner.train()
-    activations = _activations(learner, _batch(job, 2), settings.precision) / 2
-    fitting = max(1, min(settings.batch_size, int(TIMED_BYTES / max(activations, 1))))
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    two, three = (
+        _activations(learner, _batch(job, [longest] * n), settings.precision) for n in (2, 3)
+    )
+    each = max(three - two, 1)  # the rest does not grow with the batch: weights in bf16
+    activations = two + (settings.batch_size - 2) * each
+    fitting = max(1, min(settings.batch_size, int(TIMED_BYTES / each)))
     step = _step_seconds(job, fitting, settings.precision) * settings.batch_size / fitting
     step *= settings.accumulation
     steps = settings.steps(count)
@@ -143,8 +149,8 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     seconds = steps * step + encoding
     notes = [
         f"texts, time and activations are those of {len(job.dataset)} studies.",
-        "activations: the tensors that one forward keeps for its backward, measured with two "
-        "samples and multiplied; weights, gradients and optimizer (AdamW): counted.",
+        "activations: the tensors that one forward keeps for its backward, measured with the "
+        "longest sample and multiplied; weights, gradients and optimizer (AdamW): counted.",
         f"time: the median of {TIMED_STEPS} steps of {fitting} samples"
         + (", multiplied to the batch." if fitting < settings.batch_size else "."),
     ]
@@ -163,7 +169,7 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
         text_tokens={"mean": statistics.fmean(lengths), "most": max(lengths)},
         steps=steps,
         samples=steps * settings.batch_size * settings.accumulation,
-        memory=_memory(learner, settings.ema, int(activations * settings.batch_size)),
+        memory=_memory(learner, settings.ema, shards) | {"activations": activations},
         seconds_per_step=step,
         seconds=seconds,
         notes=notes,
@@ -193,7 +199,7 @@ def step_flop(job: Job, recipe: Recipe) -> int:
     model is left as it is.
     """
     learner = copy.deepcopy(job.learner).train()
-    batch = _batch(job, recipe.training.batch_size)
+    batch = _batch(job, range(recipe.training.batch_size))
     # fused attention is not counted on every device; the plain one computes the same
     with (
         torch.random.fork_rng(),
@@ -218,9 +224,9 @@ def encoding_flop(job: Job) -> int:
     return counter.get_total_flops() * len(job.dataset) // len(volumes)
 
 
-def _batch(job: Job, size: int) -> dict[str, Tensor]:
+def _batch(job: Job, numbers: Iterable[int]) -> dict[str, Tensor]:
     device = next(job.learner.parameters()).device
-    return _to_device(job, [job.dataset[i] for i in range(size)], device)
+    return _to_device(job, [job.dataset[i] for i in numbers], device)
 
 
 def _to_device(job: Job, items: list[Any], device: torch.device) -> dict[str, Tensor]:
@@ -309,12 +315,12 @@ def _step_seconds(job: Job, size: int, precision: str) -> float:
     return statistics.median(seconds[1:])  # the first warms up
 
 
-def _memory(learner: nn.Module, ema: float | None, activations: int) -> dict[str, int]:
+def _memory(learner: nn.Module, ema: float | None, shards: Shards | None) -> dict[str, int]:
     trained = sum(own(p).nbytes for p in learner.parameters() if p.requires_grad)
     return {
         "weights": sum(own(t).nbytes for t in [*learner.parameters(), *learner.buffers()]),
         "gradients": trained,
         "optimizer": 2 * trained,
         **({"average": trained} if ema is not None else {}),
-        "activations": activations,
+        **({"gathered": shards.gathered} if shards is not None else {}),
     }
