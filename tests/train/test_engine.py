@@ -367,8 +367,9 @@ def test_an_adapter_that_is_kept_merges_to_the_same_model(aligned, store, tmp_pa
     adapter, merged = tmp_path / "instruction" / "adapter", tmp_path / "merged"
     result = CliRunner().invoke(app, ["model", "merge", str(adapter), "-o", str(merged)])
     assert result.exit_code == 0, result.output
+    again = hub.load(merged).state_dict()
     for name, tensor in trained.state_dict().items():
-        assert torch.equal(hub.load(merged).state_dict()[name], tensor), name
+        assert torch.equal(again[name], tensor), name
     with pytest.raises(hub.CheckpointError, match="is no adapter"):
         merge_adapter(tmp_path)
     with pytest.raises(hub.CheckpointError, match="is no language model"):

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -18,18 +17,17 @@ TRAINING = {"epochs": 2, "loggers": [], "save_steps": 1, "log_steps": 1, "learni
 LEARNING = ["text_encoder", "text_projection", "vision_projection", "loss"]
 
 
-def by_torchrun(
-    path: Path, *settings: str, ranks: int, stage: str = "contrastive"
-) -> subprocess.CompletedProcess:
+def by_torchrun(*command: str) -> subprocess.CompletedProcess:
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = ["-m", "med3dvlm.cli", "train", stage, str(path), *settings]
-    return subprocess.run(
-        [*program, f"--nproc-per-node={ranks}", *command],
+    run = subprocess.run(
+        [*program, "--nproc-per-node=2", "-m", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
     )
+    assert run.returncode == 0, run.stderr[-5000:]
+    return run
 
 
 def test_two_ranks_train_what_one_process_trains(tmp_path, store):  # noqa: F811
@@ -47,8 +45,7 @@ def test_two_ranks_train_what_one_process_trains(tmp_path, store):  # noqa: F811
     train(load_recipe(path))
     output = tmp_path / "ranks"
     settings = (f"output={output}", "training.batch_size=2")
-    run = by_torchrun(path, *settings, ranks=2)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = by_torchrun("med3dvlm.cli", "train", "contrastive", str(path), *settings)
     assert run.stdout.count("trained") == 1
     alone, together = (
         load_file(tmp_path / name / "model.safetensors") for name in ("alone", "ranks")
@@ -81,8 +78,7 @@ def test_two_ranks_weigh_answers_as_one_process_does(tmp_path, store):  # noqa: 
     )
     train(load_recipe(path, [f"output={tmp_path / 'alone'}"]))
     settings = (f"output={tmp_path / 'ranks'}", "training.batch_size=2")
-    run = by_torchrun(path, *settings, ranks=2, stage="alignment")
-    assert run.returncode == 0, run.stderr[-3000:]
+    by_torchrun("med3dvlm.cli", "train", "alignment", str(path), *settings)
     alone, together = (
         load_file(tmp_path / name / "model.safetensors") for name in ("alone", "ranks")
     )

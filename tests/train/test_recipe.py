@@ -159,5 +159,7 @@ def test_published_recipes_lack_only_weights_and_stores(tmp_path, monkeypatch, s
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
 def test_a_launch_that_would_spread_the_model_is_refused(name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(RecipeError, match=f"{name}, which is not supported: start with torchrun"):
+    with pytest.raises(
+        RecipeError, match=f"{name}: start without it, and with training.shard=true"
+    ):
         check_needs(Recipe())

@@ -22,6 +22,8 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 def train(recipe: Recipe, *, progress: Progress | None = None) -> Any:
     """Follow a recipe, whichever stage it is of; returns the trained model.
 
+    Of a run with `training.shard`, the main process alone gets it, and the others None.
+
     Raises:
         RecipeError: for a recipe that cannot be followed.
         TrainingError: for a run that cannot go on.
@@ -49,7 +51,7 @@ def begin(recipe: Recipe, *, progress: Progress | None = None) -> Job:
 
 
 def finish(job: Job, recipe: Recipe) -> Any:
-    """Train what was begun; the model is also saved in `recipe.output`."""
+    """Train what was begun, as `train` does; the model is also saved in `recipe.output`."""
     if recipe.stage == "contrastive":
         from med3dvlm.train.contrastive import train_contrastive
 

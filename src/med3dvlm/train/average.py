@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from med3dvlm.train.checkpoints import TrainingError
+from med3dvlm.train.sharding import own
 
 FILE = "ema.safetensors"
 
@@ -41,7 +42,7 @@ class WeightAverage:
         if not self.mean:
             self.mean = {name: tensor.detach().clone() for name, tensor in self.live.items()}
         else:
-            self.mean_in(list(self.mean.values()), list(self.live.values()), 1)
+            self.mean_in(*(list(map(own, of.values())) for of in (self.mean, self.live)), 1)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -54,8 +55,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def __exit__(self, *_: Any) -> None:
-        for tensor, own in zip(self.live.values(), self.aside, strict=True):
-            tensor.copy_(own)
+        for tensor, kept in zip(self.live.values(), self.aside, strict=True):
+            tensor.copy_(kept)
         self.aside = []
 
     def save(self, folder: Path) -> None:

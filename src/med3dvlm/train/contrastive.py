@@ -47,11 +47,13 @@ from med3dvlm.train.tokenizer import train_tokenizer
 MAX_TEXT_TOKENS = 512
 
 
-def train_contrastive(job: Job, recipe: Recipe) -> VolumeTextDualEncoder:
+def train_contrastive(job: Job, recipe: Recipe) -> VolumeTextDualEncoder | None:
     """Train what `contrastive_job` made; the model is also saved in `recipe.output`."""
-    metrics = fit(job, recipe)
-    save_result(job.model, recipe, metrics, studies=len(job.dataset))
-    return job.model.eval()
+    model, metrics = fit(job, recipe)
+    if model is None:
+        return None
+    save_result(model, recipe, metrics, studies=len(job.dataset))
+    return model.eval()
 
 
 def contrastive_job(recipe: Recipe, *, progress: Progress | None = None) -> Job:

@@ -6,13 +6,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -33,11 +34,13 @@ from med3dvlm.train.checkpoints import (
 )
 from med3dvlm.train.clock import TimeLimit
 from med3dvlm.train.memory import freed_memory_kept
-from med3dvlm.train.ranks import is_main, main_first
+from med3dvlm.train.ranks import as_on_main, is_main, main_first
 from med3dvlm.train.recipe import Recipe, RecipeError
 from med3dvlm.train.record import checkpoints_of, differences, has_record, write_record
+from med3dvlm.train.sharding import FOLDER, Shards
 
 SAMPLES, HISTORY, SUMMARY = "samples.jsonl", "history.json", "training.json"
+SCHEDULER = "scheduler.pt"  # as the Trainer names it
 
 
 @dataclass(frozen=True)
@@ -75,19 +78,20 @@ class Job:
     encoding_s: float = 0.0
 
 
-def fit(job: Job, recipe: Recipe) -> dict[str, float] | None:
-    """Train in place; goes on from the last checkpoint in the output folder, if any.
+def fit(job: Job, recipe: Recipe) -> tuple[Any, dict[str, float] | None]:
+    """Train the job's learner; goes on from the last checkpoint in the output folder, if any.
 
-    The model then has the weights that `training.result` names.
+    It then has the weights that `training.result` names.
 
     What a run that was killed goes on with (weights, optimizer, schedule, order of the studies,
     random numbers, the mean of the weights) is what it had, so on one machine it ends in the same
     weights, bit for bit. Only `max_minutes` is not repeatable: it cuts by the clock.
 
     Returns:
-        What the Trainer measured since this start (loss, seconds, samples per second), the last
-        step, and the one whose weights the model has. None where the run was at its end when it
-        was started again, and its result is written.
+        The learner; of one that was spread over processes a whole one on the main process, and
+        None on the others. And what the Trainer measured since this start (loss, seconds, samples
+        per second), the last step, and the one whose weights the learner has; None where the run
+        was at its end when it was started again, and its result is written.
 
     Raises:
         TrainingError: where the loss is no number any more, or a checkpoint cannot be saved or
@@ -105,9 +109,10 @@ def fit(job: Job, recipe: Recipe) -> dict[str, float] | None:
     chosen = trainer.load_best() if recipe.training.result == "best" else step
     if trainer.average is not None:
         trainer.average.copy_to_model()
+    learner = job.learner if trainer.shards is None else trainer.shards.gather()
     if not trainer.went_on and _is_written(recipe, chosen, step):
-        return None
-    return {**_close(trainer, Path(recipe.output)), "step": step, "result_step": chosen}
+        return learner, None
+    return learner, {**_close(trainer, Path(recipe.output)), "step": step, "result_step": chosen}
 
 
 def _trainer(job: Job, recipe: Recipe, last: Path | None) -> _Trainer:
@@ -115,6 +120,7 @@ def _trainer(job: Job, recipe: Recipe, last: Path | None) -> _Trainer:
     trainer = _Trainer(
         job.learner,
         training_arguments(recipe),
+        shards=Shards(job.learner) if recipe.training.shard else None,
         train_dataset=job.dataset,
         eval_dataset=job.validation.dataset if job.validation else None,
         data_collator=_WithIds(job.collate),
@@ -128,8 +134,7 @@ def _trainer(job: Job, recipe: Recipe, last: Path | None) -> _Trainer:
         with readable(last):
             TrainerState.load_from_json(str(last / "trainer_state.json"))
             trainer.decayed_before = decayed_in(last)
-            if trainer.average is not None:
-                trainer.average.load(last)
+            trainer.load_average(last)
     return trainer
 
 
@@ -236,8 +241,13 @@ class _Trainer(Trainer):
     clock: TimeLimit
     decayed_before: int | None = None  # tensors, in the checkpoint that the run goes on from
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, shards: Shards | None = None, **kwargs: Any):
+        self.shards = shards
         super().__init__(*args, **kwargs)
+        # the pieces of a spread model take the mean of their gradients themselves
+        self.is_distributed_loading_by_transformers = shards is not None
+        if shards is not None:  # or the layers' weights in bf16 would be kept until the last one
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.studies: list[str] = []  # of the step that is being computed
         self.staging = False
 
@@ -245,6 +255,14 @@ class _Trainer(Trainer):
     def went_on(self) -> bool:
         """Whether a step was taken since this start."""
         return self.state.global_step > self._initial_global_step
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.shards is None:  # its pieces are where they belong
+            super()._move_model_to_device(model, device)
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
+        """Not at all: whole gradients would be kept until the last part of an accumulated batch."""
+        return nullcontext()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochSampler(len(train_dataset or self.train_dataset), seed=self.args.seed)
@@ -304,7 +322,10 @@ class _Trainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         self.studies += inputs.pop("ids")
-        return super().training_step(model, inputs, *args)
+        loss = super().training_step(model, inputs, *args)
+        if self.shards is not None:
+            self.shards.share_statistics()
+        return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)
@@ -345,7 +366,7 @@ class _Trainer(Trainer):
             self.staging = True
             try:
                 super()._save_checkpoint(model, trial)
-                if self.average is not None and self.args.should_save:
+                if self.average is not None and self.shards is None and self.args.should_save:
                     self.average.save(unfinished / name)
             finally:
                 self.staging = False
@@ -357,6 +378,26 @@ class _Trainer(Trainer):
             keep_only(folder, {self.state.global_step, best or 0})
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing for a spread model, whose pieces go with the optimizer's."""
+        if self.shards is None:
+            super().save_model(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        mean = {} if self.average is None else self.average.mean
+        self.shards.save(Path(output_dir), self._own_optimizer(), mean)
+        assert self.lr_scheduler is not None
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """The one inside of Accelerate's."""
+        prepared: Any = self.optimizer
+        return prepared.optimizer
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= best
@@ -364,19 +405,41 @@ class _Trainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with readable(Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_weights(resume_from_checkpoint, model)
+
+    def _load_weights(self, checkpoint: str, model: Any = None) -> None:
+        if self.shards is None:
+            super()._load_from_checkpoint(checkpoint, model)
+        else:
+            self.shards.load_weights(Path(checkpoint))
+
+    def load_average(self, checkpoint: Path) -> None:
+        """The running mean that the checkpoint was saved with, where this run keeps one."""
+        if self.average is None:
+            return
+        if self.shards is None:
+            self.average.load(checkpoint)
+        else:
+            if not self.average.mean:
+                self.average.update()  # tensors of the right kind, to be filled
+            self.shards.load_mean(checkpoint, self.average.mean)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         with readable(Path(checkpoint)):
-            if not self.is_deepspeed_enabled:
-                self._check_files(Path(checkpoint))
-            super()._load_optimizer_and_scheduler(checkpoint)
+            self._check_files(Path(checkpoint))
+            if self.shards is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            assert self.lr_scheduler is not None
+            self.shards.load_optimizer(Path(checkpoint), self._own_optimizer())
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER)))
 
     def _check_files(self, checkpoint: Path) -> None:
         """Refuse what the Trainer would go on without, to other weights."""
-        for pattern in ("optimizer*", "scheduler.pt", "rng_state*.pth"):
+        optimizer = "optimizer*" if self.shards is None else FOLDER
+        for pattern in (optimizer, SCHEDULER, "rng_state*.pth"):
             if not any(checkpoint.glob(pattern)):
                 raise FileNotFoundError(f"it has no {pattern}")
 
@@ -401,23 +464,31 @@ class _Trainer(Trainer):
         if best != last:
             folder = Path(self.args.output_dir, f"checkpoint-{best}")
             with readable(folder, remedy):
-                super()._load_from_checkpoint(str(folder))
-                if self.average is not None:
-                    self.average.load(folder)
+                self._load_weights(str(folder))
+                self.load_average(folder)
         return best
 
     # --- validation ---------------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure with the averaged weights, where there are any; leaves no trace in the run."""
+        """Measure with the averaged weights, where there are any; leaves no trace in the run.
+
+        Every process measures, and takes the main one's figures: by them all must agree which
+        step is the best, and batch statistics differ.
+        """
         assert self.validation is not None and self.model is not None
         model = self.model
         model.eval()
-        averaged: AbstractContextManager = self.average or nullcontext()
-        with averaged, torch.random.fork_rng(), torch.no_grad():
+        with ExitStack() as stack:
+            if self.average is not None:
+                stack.enter_context(self.average)
+            if self.shards is not None:
+                stack.enter_context(self.shards.at_hand())
+            stack.enter_context(torch.random.fork_rng())
+            stack.enter_context(torch.no_grad())
             figures, samples = self.validation.measure(model)
         model.train()
-        metrics = {f"eval_{name}": value for name, value in figures.items()}
+        metrics = {f"eval_{name}": as_on_main(value) for name, value in figures.items()}
         self.log(dict(metrics))
         if samples and self.args.should_save:
             self._keep_samples(samples)

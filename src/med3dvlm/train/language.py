@@ -49,14 +49,15 @@ from med3dvlm.train.recipe import (
 from med3dvlm.train.studies import AnyStore, open_studies
 
 
-def train_language(job: Job, recipe: Recipe) -> Med3DVLM:
+def train_language(job: Job, recipe: Recipe) -> Med3DVLM | None:
     """Train what `language_job` made; the model is also saved in `recipe.output`."""
-    metrics = fit(job, recipe)
+    model, metrics = fit(job, recipe)
+    if model is None:
+        return None
     if recipe.keep_adapter:
-        save_adapter(job.learner, recipe)
-    model = job.model
+        save_adapter(model, recipe)
     if recipe.lora is not None:
-        model = merged(job.learner, recipe, lambda: start_model(recipe))
+        model = merged(model, recipe, lambda: start_model(recipe))
     save_result(model, recipe, metrics, studies=len(job.dataset))
     return model.eval()
 

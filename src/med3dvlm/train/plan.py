@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from med3dvlm.data.store import STORE, Store
 from med3dvlm.train import begin
 from med3dvlm.train.engine import Job, trainable_parameters
 from med3dvlm.train.memory import freed_memory_kept
-from med3dvlm.train.ranks import processes
+from med3dvlm.train.ranks import own_device, processes
 from med3dvlm.train.recipe import Recipe, RecipeError, TrainingRecipe, check_needs
+from med3dvlm.train.sharding import Shards, own
 from med3dvlm.train.studies import check_enough, held_out_ids, ids, weights
 
 STUDIES = 32  # that are looked at
@@ -42,7 +44,8 @@ class Plan:
     visual_tokens: in front of each prompt; 0 for a dual encoder.
     text_tokens: mean and largest number of tokens of a text, as the model reads it.
     steps, samples: optimizer steps and studies seen, of one process.
-    memory: bytes of weights, gradients, optimizer, average, activations.
+    memory: bytes of weights, gradients, optimizer, average, activations, of one process; of a
+        model that several share, its pieces, and what is gathered for a time.
     seconds_per_step, seconds: of the steps, and of the whole run.
     notes: how the figures were found.
     """
@@ -123,16 +126,22 @@ def _probe(recipe: Recipe, scratch: Path) -> tuple[int, Recipe]:
 def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     settings = recipe.training
     model, learner = job.model, job.learner
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learner.to(device)
+    shards = Shards(learner) if settings.shard else None
+    if shards is None:
+        learner.to(own_device())
+    device = own_device().type
     if settings.gradient_checkpointing:
         learner.activation_checkpointing_enable({"use_reentrant": False})
-    lengths = _text_lengths(job)
-    visual = getattr(model, "num_visual_tokens", 0)
-    _check_length(model, visual + max(lengths))
+    lengths, positions = _text_lengths(job)
+    _check_length(model, positions)
     learner.train()
-    activations = _activations(learner, _batch(job, 2), settings.precision) / 2
-    fitting = max(1, min(settings.batch_size, int(TIMED_BYTES / max(activations, 1))))
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    two, three = (
+        _activations(learner, _batch(job, [longest] * n), settings.precision) for n in (2, 3)
+    )
+    each = max(three - two, 1)  # the rest does not grow with the batch: weights in bf16
+    activations = two + (settings.batch_size - 2) * each
+    fitting = max(1, min(settings.batch_size, int(TIMED_BYTES / each)))
     step = _step_seconds(job, fitting, settings.precision) * settings.batch_size / fitting
     step *= settings.accumulation
     steps = settings.steps(count)
@@ -140,8 +149,8 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
     seconds = steps * step + encoding
     notes = [
         f"texts, time and activations are those of {len(job.dataset)} studies.",
-        "activations: the tensors that one forward keeps for its backward, measured with two "
-        "samples and multiplied; weights, gradients and optimizer (AdamW): counted.",
+        "activations: the tensors that one forward keeps for its backward, measured with the "
+        "longest sample and multiplied; weights, gradients and optimizer (AdamW): counted.",
         f"time: the median of {TIMED_STEPS} steps of {fitting} samples"
         + (", multiplied to the batch." if fitting < settings.batch_size else "."),
     ]
@@ -153,14 +162,14 @@ def _measure(recipe: Recipe, job: Job, count: int) -> Plan:
         notes.append(_cut_short(settings, steps, settings.steps(count)))
     return Plan(
         stage=recipe.stage,
-        device=str(device),
+        device=device,
         studies=count,
         parts=trainable_parameters(model),
-        visual_tokens=visual,
+        visual_tokens=getattr(model, "num_visual_tokens", 0),
         text_tokens={"mean": statistics.fmean(lengths), "most": max(lengths)},
         steps=steps,
         samples=steps * settings.batch_size * settings.accumulation,
-        memory=_memory(learner, settings.ema, int(activations * settings.batch_size)),
+        memory=_memory(learner, settings.ema, shards) | {"activations": activations},
         seconds_per_step=step,
         seconds=seconds,
         notes=notes,
@@ -190,7 +199,7 @@ def step_flop(job: Job, recipe: Recipe) -> int:
     model is left as it is.
     """
     learner = copy.deepcopy(job.learner).train()
-    batch = _batch(job, recipe.training.batch_size)
+    batch = _batch(job, range(recipe.training.batch_size))
     # fused attention is not counted on every device; the plain one computes the same
     with (
         torch.random.fork_rng(),
@@ -215,20 +224,28 @@ def encoding_flop(job: Job) -> int:
     return counter.get_total_flops() * len(job.dataset) // len(volumes)
 
 
-def _batch(job: Job, size: int) -> dict[str, Tensor]:
+def _batch(job: Job, numbers: Iterable[int]) -> dict[str, Tensor]:
     device = next(job.learner.parameters()).device
-    return _to_device(job, [job.dataset[i] for i in range(size)], device)
+    return _to_device(job, [job.dataset[i] for i in numbers], device)
 
 
 def _to_device(job: Job, items: list[Any], device: torch.device) -> dict[str, Tensor]:
     return job.decode({name: tensor.to(device) for name, tensor in job.collate(items).items()})
 
 
-def _text_lengths(job: Job) -> list[int]:
-    """Tokens of each study's text, or of each question or instruction with its answer."""
+def _text_lengths(job: Job) -> tuple[list[int], int]:
+    """Tokens of each sample's text, and how many positions the longest needs with visual tokens.
+
+    The turns of a sample have the same positions.
+    """
     visual = getattr(job.model, "num_visual_tokens", 0)
-    items = [job.dataset[i] for i in range(4 * len(job.dataset))]
-    return [int(job.collate([item])["attention_mask"].sum()) - visual for item in items]
+    batches = [job.collate([job.dataset[i]]) for i in range(4 * len(job.dataset))]
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    positions = [
+        int(batch["position_ids"].max()) + 1 if "position_ids" in batch else length
+        for batch, length in zip(batches, lengths, strict=True)
+    ]
+    return [length - visual for length in lengths], max(positions)
 
 
 def _check_length(model: Any, most: int) -> None:
@@ -249,19 +266,33 @@ def _forward(learner: nn.Module, batch: dict[str, Tensor], precision: str) -> Te
 
 def _activations(learner: nn.Module, batch: dict[str, Tensor], precision: str) -> int:
     """Bytes of what the forward keeps for the backward, weights apart."""
-    weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}
     kept: dict[int, int] = {}
+    at_work: list[set[int]] = []  # of the modules that compute, one within the other: the weights
+
+    def place(tensor: Tensor) -> int:
+        return own(tensor.detach()).untyped_storage().data_ptr()
+
+    def begins(module: nn.Module, *_: Any) -> None:
+        """Of a spread model, weights are where they are only while their layer computes."""
+        at_work.append({place(p) for p in module.parameters()})
+
+    def ends(*_: Any) -> None:
+        at_work.pop()
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if not any(place(tensor) in weights for weights in at_work):
+            kept[place(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
+    hooks = [module.register_forward_pre_hook(begins) for module in learner.modules()]
+    hooks += [module.register_forward_hook(ends, prepend=True) for module in learner.modules()]
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = _forward(learner, batch, precision)
+    for hook in hooks:
+        hook.remove()
     total = sum(kept.values())  # all are alive as long as the loss is
-    del loss
+    loss.backward()  # a spread model puts its layers away by it
+    learner.zero_grad()
     return total
 
 
@@ -284,14 +315,12 @@ def _step_seconds(job: Job, size: int, precision: str) -> float:
     return statistics.median(seconds[1:])  # the first warms up
 
 
-def _memory(learner: nn.Module, ema: float | None, activations: int) -> dict[str, int]:
-    learning = [p for p in learner.parameters() if p.requires_grad]
-    trained = sum(p.numel() * p.element_size() for p in learning)
-    tensors = [*learner.parameters(), *learner.buffers()]
+def _memory(learner: nn.Module, ema: float | None, shards: Shards | None) -> dict[str, int]:
+    trained = sum(own(p).nbytes for p in learner.parameters() if p.requires_grad)
     return {
-        "weights": sum(t.numel() * t.element_size() for t in tensors),
+        "weights": sum(own(t).nbytes for t in [*learner.parameters(), *learner.buffers()]),
         "gradients": trained,
         "optimizer": 2 * trained,
         **({"average": trained} if ema is not None else {}),
-        "activations": activations,
+        **({"gathered": shards.gathered} if shards is not None else {}),
     }

@@ -134,6 +134,7 @@ class TrainingRecipe:
     loss_average: str = "token"  # language stages: what counts alike, or root or answer
     ema: float | None = None  # decay of a running mean of the weights, which is then the result
     gradient_checkpointing: bool = False  # less memory, more time
+    shard: bool = False  # whether the processes of a run share one model among them (FSDP2)
     seed: int = 0
     loader_workers: int = 0  # processes that read batches ahead
     save_steps: int = 500
@@ -305,6 +306,8 @@ def check_settings(recipe: Recipe) -> None:
             "training.result is best, but nothing is measured: give training.evaluate_steps and "
             "data.validation.studies, or leave it at last."
         )
+    if training.shard and recipe.quantize:
+        raise RecipeError("training.shard cuts whole weights: leave it out, or quantize.")
     _check_lora(recipe)
 
 
@@ -317,6 +320,16 @@ def _check_stage(recipe: Recipe) -> None:
     for key in unread:
         if _is_set(recipe, key):
             raise RecipeError(f"{key} is for the {readers}: leave it out.")
+
+
+def _check_processes() -> None:
+    from med3dvlm.train.ranks import processes  # takes seconds
+
+    if processes() == 1:
+        raise RecipeError(
+            "training.shard shares one model among several processes, but this is one: start with "
+            "torchrun --nproc-per-node, or leave it out."
+        )
 
 
 def _check_start(recipe: Recipe) -> None:
@@ -369,14 +382,16 @@ def check_needs(recipe: Recipe) -> None:
 
     Raises:
         RecipeError: naming the key and the file, folder or package that is missing; for a launcher
-            that would spread a model over devices, which checkpoints and results cannot do yet.
+            that would spread the model by itself.
     """
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
             raise RecipeError(
-                f"the launcher asks for {name}, which is not supported: start with torchrun, and "
-                "for a model too large for one device set lora, or quantize: nf4."
+                f"the launcher asks for {name}: start without it, and with training.shard=true, "
+                "by which the processes share one model among them (FSDP2)."
             )
+    if recipe.training.shard:
+        _check_processes()
     for name in recipe.training.loggers:
         if find_spec(name) is None:
             raise RecipeError(
