@@ -43,7 +43,7 @@ demo-model: $(STAMP)
 	$(BIN)/med3dvlm evaluate calibration --model demo --save
 
 # The baseline at the demo model's budget, up to its first 20 minutes of letters: as many studies in
-# each stage (docs/results.md). Not before two hours and a half.
+# each stage (docs/results.md). 102 minutes of training on two cores.
 BASE := runs/demo-baseline
 demo-baseline: $(STAMP)
 	$(BIN)/med3dvlm train contrastive recipes/demo/baseline.yaml
