@@ -86,6 +86,7 @@ def test_one_process_has_nobody_to_share_with(tmp_path, store):  # noqa: F811
     path = recipe(tmp_path, store)
     with pytest.raises(RecipeError, match="this is one: start with torchrun"):
         check_needs(load_recipe(path, ["training.shard=true"]))
-    lora = ["stage=instruction", "lora={r: 4}", "quantize=nf4"]
+    lora = {"train": ["projector"], "lora": {"r": 4}, "quantize": "nf4"}
+    path = language_recipe(tmp_path, store, "instruction", "aligned", **lora)
     with pytest.raises(RecipeError, match="training.shard cuts whole weights"):
-        load_recipe(path, ["training.shard=true", *lora])
+        load_recipe(path, ["training.shard=true"])
